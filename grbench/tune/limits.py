@@ -63,7 +63,7 @@ class Limit:
 
         A percentile keeps its limit only if the upper end of its 95% interval is below, and breaks it only if the lower
         end is above, or if the queue grows. A percentile is at least as large as a smaller one, so that one's lower end
-        breaks it too.
+        breaks it too. Another figure breaks its limit by itself: longer probes do not make its interval narrower.
         Raises ConfigError for a metric that the outcome lacks.
         """
         percentile = PERCENTILE.match(self.metric)
@@ -74,9 +74,9 @@ class Limit:
             value = outcome.metrics[self.metric]
             low, high = outcome.intervals.get(self.metric, (value, value))
             if self.floor:
-                low, high = -high, -low
+                value, high = -value, -low
             bound = -self.bound if self.floor else self.bound
-            return Verdict.KEPT if high <= bound else Verdict.BROKEN if low > bound else Verdict.UNSURE
+            return Verdict.BROKEN if value > bound else Verdict.KEPT if high <= bound else Verdict.LIKELY
         interval = outcome.intervals.get(self.metric)
         if interval is not None and interval[1] <= self.bound:
             return Verdict.KEPT

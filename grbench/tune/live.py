@@ -76,6 +76,7 @@ class LiveEvaluator:
         self._starts = Starts(specs)
         self._warm: set[Engine] = set()  # engines that are kept
         self._quality: dict[str, dict[str, float]] = {}
+        self._quality_ends: dict[str, dict[str, list[float]]] = {}  # their intervals
         self._measured: dict[tuple[Configuration, Probe], Outcome] = {}
         self._earlier = _by_strategy(root)
         self._base = _quality_class(next(iter(specs.values())))  # of the default configuration
@@ -257,6 +258,12 @@ class LiveEvaluator:
         own = {name: value for name, value in found.items() if not is_loss(name)}
         return own | losses(own, self._quality.get(self._base, {}))
 
+    def _intervals(self, configuration: Configuration) -> dict[str, list[float]]:
+        """Return the intervals of `quality`. A loss against the default configuration has none."""
+        found = self._quality_ends.get(_quality_class(self._specs[configuration]), {})
+        another = self._another_model(configuration)
+        return {name: ends for name, ends in found.items() if not (another and is_loss(name))}
+
     def _another_model(self, configuration: Configuration) -> bool:
         """Return True if other answers are right than those of the default configuration."""
         return _answers(_quality_class(self._specs[configuration])) != _answers(self._base)
@@ -342,14 +349,17 @@ class LiveEvaluator:
         alike = _quality_class(self._specs[configuration])
         if found := quality_metrics(record):
             self._quality[alike] = found
+            ends = {name: its for name, its in record.intervals.items() if name.startswith("quality/")}
+            self._quality_ends[alike] = {as_limited(name): its for name, its in ends.items()}
         quality = self.quality(configuration)
         if record.ok and emulated(record):
             return Outcome(str(Status.UNAVAILABLE), error=EMULATED, seconds=seconds, kept=kept, folder=folder)
         rest = {name: value for name, value in record.metrics.items() if not name.startswith("quality/")}
+        intervals = {name: ends for name, ends in record.intervals.items() if not name.startswith("quality/")}
         return Outcome(
             status=str(record.status),
             metrics={**rest, **quality} if record.ok else {},
-            intervals=record.intervals,
+            intervals=intervals | self._intervals(configuration),
             error=record.error or "",
             batches=self._batches(folder) if record.ok and record.spec["scenario"]["name"] == "offline" else (),
             seconds=seconds,
@@ -378,6 +388,11 @@ def is_loss(name: str) -> bool:
     return name.startswith("quality/") and name.endswith("_loss")
 
 
+def as_limited(name: str) -> str:
+    """Return the name of a metric in a limit: a loss has it at the end."""
+    return re.sub("^quality/loss/(.*)", r"quality/\1_loss", name)
+
+
 def quality_metrics(record: RunRecord) -> dict[str, float]:
     """Return the quality of a record as metrics: losses are those of the worst task, others the mean over tasks."""
     quality = record.gate.get("quality") or {}
@@ -389,11 +404,7 @@ def quality_metrics(record: RunRecord) -> dict[str, float]:
     for name in dict.fromkeys(name for values in tasks.values() for name in values):
         values = [task[name] for task in tasks.values() if name in task]
         found[f"quality/{name}"] = max(values) if name.endswith("loss") else sum(values) / len(values)
-    figures = {
-        re.sub("^quality/loss/(.*)", r"quality/\1_loss", name): value
-        for name, value in record.metrics.items()
-        if name.startswith("quality/")
-    }
+    figures = {as_limited(name): value for name, value in record.metrics.items() if name.startswith("quality/")}
     return figures | {name: float(value) for name, value in found.items()}
 
 

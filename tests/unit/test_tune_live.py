@@ -243,17 +243,29 @@ def test_the_loss_of_another_model_is_against_the_default(tmp_path: Path) -> Non
 
 
 def test_the_loss_of_lists_is_a_limit_by_the_name_of_the_figure(tmp_path: Path) -> None:
-    """`quality/loss/hr10` has the end of a figure of which more is better: as a limit it would be a floor."""
+    """`quality/loss/hr10` has the end of a figure of which more is better: as a limit it would be a floor.
+
+    Its interval decides, also of later cells, which do not compute the quality again.
+    """
     folder = tmp_path / "0"
     write_cell(folder, "scenario=offline")
-    record = records.load(folder)
-    record.metrics |= {"quality/hr10": 0.1, "quality/loss/hr10": 0.02}
-    session = SimpleNamespace(parts=(), has=lambda spec: False, measure=lambda jobs: [Cell(folder, record, False)])
-    outcome = evaluator(session, tmp_path / "none").evaluate(DEFAULT, OFFLINE)
-    assert outcome.metrics["quality/hr10_loss"] == 0.02
-    assert not any(name.startswith("quality/loss/") for name in outcome.metrics)
-    for bound, verdict in (("1%", "broken"), ("3%", "kept")):
-        assert limits.parse("quality.hr10_loss", bound).judge(outcome) == verdict
+    first, later = records.load(folder), records.load(folder)
+    first.metrics |= {"quality/hr10": 0.1, "quality/loss/hr10": 0.02}
+    first.intervals |= {"quality/hr10": [0.08, 0.12], "quality/loss/hr10": [-0.01, 0.04]}
+    cells = iter([Cell(folder, record, False) for record in (first, later, first)])
+    session = SimpleNamespace(parts=(), has=lambda spec: False, measure=lambda jobs: [next(cells)])
+    measures = evaluator(session, tmp_path / "none")
+    for probe in (OFFLINE, SERVER):
+        outcome = measures.evaluate(DEFAULT, probe)
+        assert outcome.metrics["quality/hr10_loss"] == 0.02
+        assert not any(name.startswith("quality/loss/") for name in [*outcome.metrics, *outcome.intervals])
+        for bound, verdict in (("1%", "broken"), ("3%", "likely"), ("4%", "kept")):
+            assert limits.parse("quality.hr10_loss", bound).judge(outcome) == verdict
+        for bound, verdict in (("0.11", "broken"), ("0.09", "likely"), ("0.08", "kept")):
+            assert limits.parse("quality.hr10", bound).judge(outcome) == verdict
+    window = measures.evaluate(WINDOW, OFFLINE)  # its loss is another one, against the default
+    assert window.metrics["quality/hr10_loss"] == 0.0 and "quality/hr10_loss" not in window.intervals
+    assert window.intervals["quality/hr10"] == [0.08, 0.12]
 
 
 @pytest.mark.parametrize(
