@@ -497,9 +497,9 @@ def test_triton_kernels_in_a_package_on_a_gpu(cache: Path, precision: str, graph
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", ["engine", "int8", "fp8"])
 @pytest.mark.parametrize("graphs", ["false", "true"])
-def test_a_package_reads_pages_in_eight_bits_on_a_gpu(cache: Path, kind: str, graphs: str) -> None:
+def test_a_package_appends_to_pages_on_a_gpu(cache: Path, kind: str, graphs: str) -> None:
     options: dict[str, Any] = {"device": "cuda", "precision": "bf16", "cuda_graphs": graphs, "cpu_threads": 0}
     made = engine(PAGED_MODEL, kernel="triton", cache=dataclasses.replace(PAGES, precision=kind), **options)
     made.prepare(visits(EVENTS, [1, 2, 3, 4]), 4)
@@ -509,14 +509,15 @@ def test_a_package_reads_pages_in_eight_bits_on_a_gpu(cache: Path, kind: str, gr
     for events, users in ((45, [1, 2]), (45, [1, 2]), (EVENTS, [1, 2, 3])):
         requests = visits(events, users)
         expected = reference.scores(requests)
-        rounded = reference.scores(requests, "bf16", stored=kind)
+        rounded = reference.scores(requests, "bf16", stored=None if kind == "engine" else kind)
         allowed = 2 * relative_error(np.concatenate(rounded), np.concatenate(expected))
         result = made.rank(requests)
         assert result.cached[0].tokens and error(result, expected) < allowed
     assert made.user_cache is not None
     with torch.inference_mode():
-        for scales in made.user_cache.states.pool.all_scales:
-            scales.zero_()
+        pool = made.user_cache.states.pool
+        for stored in (pool.all_k,) if kind == "engine" else pool.all_scales:
+            stored.zero_()  # the check can fail
     assert error(made.rank(requests), expected) > allowed
     made.close()
 
