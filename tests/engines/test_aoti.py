@@ -509,7 +509,7 @@ def test_a_package_appends_to_pages_on_a_gpu(cache: Path, kind: str, graphs: str
     for events, users in ((45, [1, 2]), (45, [1, 2]), (EVENTS, [1, 2, 3])):
         requests = visits(events, users)
         expected = reference.scores(requests)
-        rounded = reference.scores(requests, "bf16", stored=None if kind == "engine" else kind)
+        rounded = reference.scores(requests, "bf16", stored="" if kind == "engine" else kind)
         allowed = 2 * relative_error(np.concatenate(rounded), np.concatenate(expected))
         result = made.rank(requests)
         assert result.cached[0].tokens and error(result, expected) < allowed
