@@ -80,7 +80,7 @@ class GateConfig:
     allow_loss: list[str] = option(
         [],
         "precisions, of the engine, its attention or the KV cache's pages, that may lose more than 0.1% of AUC or "
-        "normalised entropy, and whose HR@10 may be outside the 95% interval of fp32's",
+        "normalised entropy, and whose HR@10 may be outside the 95% interval of fp32's or surely lose more than 0.1%",
         choices=["fp16", "bf16", "int8", "fp8"],
     )
 

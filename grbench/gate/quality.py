@@ -3,7 +3,8 @@
 A small error of the scores may still change the order that users see. The engine and the fp32 reference rank the last
 requests of the trace that were held out, if the workload labels the model's tasks and the weights are trained. Neither
 AUC nor normalised entropy of any task may be worse by more than 0.1%. Of lists of items, HR@10 must be within the 95%
-interval of the reference's. `gate.allow_loss` names precisions that may lose more.
+interval of the reference's, and the interval of its loss over the same users, which is far narrower, must reach down to
+0.1%. `gate.allow_loss` names precisions that may lose more.
 
 grbench/quality/ has the labels, the metrics and their intervals.
 """
@@ -30,7 +31,7 @@ from grbench.workloads.trace import Trace
 from grengines.api import Engine, Float32Array, Ranker, Retrieval
 from grengines.numerics import IncorrectError
 
-MAX_LOSS = 1e-3  # share of the reference's AUC or normalised entropy
+MAX_LOSS = 1e-3  # share of the reference's AUC, normalised entropy or HR@10
 TOP_K = 10
 COMPARED = ("hr10", "ndcg10", "auc", "ne")  # figures whose resamples are kept; auc and ne are means of the tasks
 
@@ -84,35 +85,48 @@ class Quality:
 
 @dataclass
 class ListQuality:
-    """HR@10 of an engine's lists, and of the reference's with its 95% interval over users."""
+    """HR@10 of an engine's lists, and of the reference's, with 95% intervals over users."""
 
     precision: str
     users: int
     hr10: float
     hr10_reference: float
-    hr10_interval: list[float]
+    hr10_interval: list[float]  # of the reference's
+    hr10_loss: float  # share; below 0 is a gain
+    hr10_loss_interval: list[float]  # of pairs of the engine's and the reference's answers
 
     @classmethod
-    def of(cls, found: Estimate, expected: Estimate, users: int, precision: str) -> ListQuality:
+    def of(cls, found: Estimate, expected: Estimate, loss: Estimate | None, users: int, precision: str) -> ListQuality:
+        """Compare figures over these users. loss: None where the reference has no hits, so that none can be lost."""
         low, high = expected.interval
         # Resamples of hits alone, or of none, are all alike. By the rule of three, 3 of n users may still differ.
         spread = 3 / users if low == high else 0.0
-        return cls(precision, users, found.value, expected.value, [max(low - spread, 0.0), min(high + spread, 1.0)])
+        within, lost = [max(low - spread, 0.0), min(high + spread, 1.0)], loss or Estimate(0.0, 0.0, 0.0)
+        return cls(precision, users, found.value, expected.value, within, lost.value, lost.interval)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def check(self, allow_loss: Sequence[str]) -> None:
-        """Raise IncorrectError for an HR@10 outside the interval, unless `allow_loss` has the precision.
+        """Raise IncorrectError for an HR@10 outside the interval or a sure loss, unless `allow_loss` has the precision.
 
-        One above it is wrong as well: where the retriever orders items better than the ranker, a ranker whose scores
-        are all equal leaves its order.
+        One above the interval is wrong as well: where the retriever orders items better than the ranker, a ranker whose
+        scores are all equal leaves its order.
         """
+        if self.precision in allow_loss:
+            return
         low, high = self.hr10_interval
-        if not low <= self.hr10 <= high and self.precision not in allow_loss:
+        if not low <= self.hr10 <= high:
             raise IncorrectError(
                 f"{self.precision} has an HR@10 of {self.hr10:.4f} over {self.users} users, allowed is {low:.4f} to "
                 f"{high:.4f}, the 95% interval of fp32's {self.hr10_reference:.4f}; {_advice(self.precision)}"
+            )
+        least, most = self.hr10_loss_interval
+        if least > MAX_LOSS:
+            raise IncorrectError(
+                f"{self.precision} loses {self.hr10_loss:.1%} of fp32's HR@10 over the same {self.users} users, its "
+                f"95% interval is {least:.1%} to {most:.1%}, allowed is one that begins at {MAX_LOSS:.1%} or less; "
+                f"{_advice(self.precision)}"
             )
 
 
@@ -248,14 +262,16 @@ def measure_lists(
         return None, QualityFigures({}, {}, [f"no quality: {why}"])
     lists = lists_of(spec, trace)
     answers = lists.ask(engine, spec.task, spec.scenario.max_batch)
-    found, beside = lists.estimates(answers), None
-    expected = answers if is_exact(actual) else None
-    if exact := in_fp32(spec, actual):
+    found, beside, losses = lists.estimates(answers), None, dict[str, Estimate]()
+    if is_exact(actual):
+        losses = lists.losses(answers, answers)
+    elif exact := in_fp32(spec, actual):
         with prepared(exact, trace.catalogue, retrieval, lists.requests) as reference:
             expected = lists.ask(reference, exact.task, exact.scenario.max_batch)
         theirs = lists.estimates(expected)
-        beside = ListQuality.of(found["hr10"], theirs["hr10"], len(lists.users), coarsest(actual))
-    losses = {} if expected is None else lists.losses(answers, expected)
+        losses = lists.losses(answers, expected)
+        lost = losses.get("hr10")
+        beside = ListQuality.of(found["hr10"], theirs["hr10"], lost, len(lists.users), coarsest(actual))
     found |= {f"loss/{name}": loss for name, loss in losses.items()}
     return beside, QualityFigures.of(found, lists.baselines(), lists.notes(answers))
 

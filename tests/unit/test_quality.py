@@ -279,17 +279,28 @@ def test_a_ranker_that_may_know_the_last_events_has_no_quality_of_lists() -> Non
 
 
 def test_the_hit_rate_of_a_precision_must_be_within_the_interval_of_the_references() -> None:
+    """The loss over the same users has a far narrower interval, and must not surely be one either."""
     rng = np.random.default_rng(8)
 
     def beside(ours: np.ndarray, theirs: np.ndarray, precision: str = "int8") -> quality.ListQuality:
-        found, expected = (metrics.means({"hr10": its.astype(np.float64)})["hr10"] for its in (ours, theirs))
-        return quality.ListQuality.of(found, expected, len(ours), precision)
+        pair = [{"hr10": its.astype(np.float64)} for its in (ours, theirs)]
+        found, expected = (metrics.means(its)["hr10"] for its in pair)
+        lost = metrics.relative_losses(*pair)["hr10"] if theirs.any() else None
+        return quality.ListQuality.of(found, expected, lost, len(ours), precision)
 
     hits = rng.random(943) < 0.09
     few = hits.copy()
     few[np.flatnonzero(hits)[:3]] = False
     beside(hits, hits).check([])
     beside(few, hits).check([])
+    fewer = hits.copy()
+    fewer[np.flatnonzero(hits)[:12]] = False  # within the interval over users
+    with pytest.raises(IncorrectError, match=r"int8 loses 1\d\.\d% of fp32's HR@10 .* begins at 0\.1% .*=\[int8\]"):
+        beside(fewer, hits).check(["fp8"])
+    beside(fewer, hits).check(["int8"])
+    moved = fewer.copy()
+    moved[np.flatnonzero(~hits)[:8]] = True  # other users are found instead
+    beside(moved, hits).check([])
     for wrong in (np.zeros(943), rng.random(943) < 0.04, rng.random(943) < 0.2):  # one above it is no gain either
         with pytest.raises(IncorrectError, match=r"int8 has an HR@10 of .*interval.*allow_loss=\[int8\]"):
             beside(wrong, hits).check(["fp8"])
