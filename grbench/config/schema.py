@@ -52,6 +52,7 @@ from grkernels.config import KernelConfig, KernelGroup
 from grkernels.nearest import nearest
 
 Root = TypeVar("Root")
+ONE_REQUEST = "single_stream sends a request after the answer to the one before"
 
 
 class ConfigError(CommandError):
@@ -345,15 +346,9 @@ def spec_of(run: RunConfig) -> RunSpec:
         _check_search(run)
     if problem := refusal(run.workload, run.seed):
         raise ConfigError(problem)
-    problem = _one_at_a_time(run.engine)
+    problem = _one_at_a_time(run.engine, run.scenario)
     if problem and run.scenario.in_flight > 1:
         raise ConfigError(f"scenario.in_flight={run.scenario.in_flight}: {problem}; set scenario.in_flight=1")
-    # For `grbench load`, it is the number of connections, whatever the scenario.
-    if isinstance(run.scenario, SingleStreamConfig) and run.scenario.in_flight > 1 and engine.name != "remote":
-        raise ConfigError(
-            f"scenario.in_flight={run.scenario.in_flight}: single_stream sends a request after the answer to the one "
-            "before; set scenario.in_flight=1"
-        )
     run.scenario.in_flight = run.scenario.in_flight or (1 if problem else 2)  # `batching` says why
     if run.scenario.order == "hit" and not isinstance(run.cache, PagedCacheConfig):
         raise ConfigError(
@@ -366,8 +361,13 @@ def spec_of(run: RunConfig) -> RunSpec:
     return spec
 
 
-def _one_at_a_time(options: EngineOptions) -> str | None:
-    """Return None if every working engine takes a batch while another is under way, else the reason."""
+def _one_at_a_time(options: EngineOptions, scenario: ScenarioConfig) -> str | None:
+    """Return None if a batch may come while another is under way, and every working engine takes it; else the reason.
+
+    For `grbench load`, the batches in flight are its connections, whatever the scenario.
+    """
+    if isinstance(scenario, SingleStreamConfig) and options.name != "remote":
+        return ONE_REQUEST
     stages = engines.get(options.name).stages
     working = [getattr(options, stage).name for stage in stages] or [options.name]
     return next(filter(None, map(engines.one_at_a_time, working)), None)
@@ -375,10 +375,11 @@ def _one_at_a_time(options: EngineOptions) -> str | None:
 
 def batching(spec: RunSpec) -> dict[str, str]:
     """Return the size of a batch and the batches in flight, each with where it comes from."""
-    problem = _one_at_a_time(spec.engine)
+    problem = _one_at_a_time(spec.engine, spec.scenario)
+    single = isinstance(spec.scenario, SingleStreamConfig)
     overlaps = f"engine {spec.engine.name} takes a batch while another is under way"
     usual = {
-        "max_batch": (ScenarioConfig.max_batch, "docs/PERFORMANCE.md, Size of a batch"),
+        "max_batch": (type(spec.scenario).max_batch, ONE_REQUEST if single else "docs/PERFORMANCE.md, Size of a batch"),
         "in_flight": (1, problem) if problem else (2, overlaps),
     }
     set_to = {name: getattr(spec.scenario, name) for name in usual}

@@ -66,6 +66,7 @@ class SingleStreamConfig(LoadGenConfig):
     """MLPerf single stream: the next request is sent when the last is answered. Latency counts."""
 
     name: str = option("single_stream", "name of the scenario in records")
+    max_batch: int = option(1, "most requests of a batch: one arrives at a time", ge=1, le=65536)
 
 
 @dataclass

@@ -183,7 +183,9 @@ def test_a_wrong_value_is_one_line_with_key_and_what_is_allowed(overrides: list[
         ),
         (["engine=hf", "task=generate"], "16, the default", "1, the default: engine hf ends a batch before"),
         (["engine=pipeline"], "16, the default", "1, the default: engine vllm batches by itself"),
-        (["engine=hstu", "scenario=single_stream"], "1, set instead of 16", "2, the default"),
+        (["engine=hstu", "scenario=single_stream"], "1, the default: single_stream", "1, the default: single_stream"),
+        (["engine=hstu", "scenario=single_stream", "scenario.max_batch=4"], "4, set instead of 1", "1, the default"),
+        (["engine=hstu", "scenario=multi_stream", "scenario.max_batch=1"], "1, set instead of 16", "2, the default"),
     ],
 )
 def test_the_defaults_of_batches_follow_the_engine(overrides: list[str], batch: str, flight: str) -> None:
