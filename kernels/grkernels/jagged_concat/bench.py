@@ -21,6 +21,11 @@ class Shape:
     second: int
     width: int
 
+    @classmethod
+    def of(cls, sizes: Sizes) -> Shape:
+        """Return the shape of a batch of a model."""
+        return cls(sizes.users, sizes.events, sizes.candidates, sizes.heads * max(sizes.qk_dim, sizes.v_dim))
+
 
 SHAPES = {
     "b32_1024+2048_w1024": Shape(32, 1024, 2048, 1024),
@@ -53,8 +58,7 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
 
 def of_model(sizes: Sizes, *, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Return `inputs` of a batch of a model."""
-    shape = Shape(sizes.users, sizes.events, sizes.candidates, sizes.heads * max(sizes.qk_dim, sizes.v_dim))
-    return inputs(shape, dtype=dtype, device=device, seed=0)
+    return inputs(Shape.of(sizes), dtype=dtype, device=device, seed=0)
 
 
 def cost(shape: Shape, dtype: str) -> Cost:

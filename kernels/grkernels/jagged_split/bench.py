@@ -28,5 +28,4 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
 
 def of_model(sizes: Sizes, *, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Return `inputs` of a batch of a model."""
-    shape = Shape(sizes.users, sizes.events, sizes.candidates, sizes.heads * max(sizes.qk_dim, sizes.v_dim))
-    return inputs(shape, dtype=dtype, device=device, seed=0)
+    return inputs(Shape.of(sizes), dtype=dtype, device=device, seed=0)
