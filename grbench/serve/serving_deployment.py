@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from grbench.serve.strategy import State, Strategy
 from grbench.workloads.item_map import check_items
 from grbench.workloads.trace import Trace
 from grengines.api import Retrieval
+from grkernels import choice
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ async def bring_up(
         for s, retrieval in zip(deployment.strategies, retrievals, strict=True)
     ]
     controller = Controller(deployment, strategies, metrics, config.max_queue)
-    failures = await _start(strategies, log)
+    with nullcontext() if before is None else choice.beside("the calls that a server answers"):
+        failures = await _start(strategies, log)
     if not controller.ready:
         await controller.close(0.0)
         raise RuntimeError("; ".join(failures or [f"strategy {s.name}: {s.why}" for s in strategies]))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ from grkernels import registry
 from grkernels.families import AUTO, FamilySpec, Sizes
 from grkernels.nearest import nearest
 
+_BUSY: ContextVar[str] = ContextVar("busy", default="")  # what the device does besides, as `beside` says
 NEAR = 1.05  # times the least: of times so near each other the order decides, so that starts agree
 
 
@@ -45,6 +48,16 @@ def requested(name: str, named: Mapping[str, str | None] | None = None) -> dict[
     }
 
 
+@contextmanager
+def beside(work: str) -> Iterator[None]:
+    """Time no variants inside the context, because `work` keeps the device busy. Times of before are used."""
+    token = _BUSY.set(work)
+    try:
+        yield
+    finally:
+        _BUSY.reset(token)
+
+
 def choose(
     requested: Mapping[str, str],
     *,
@@ -57,8 +70,9 @@ def choose(
 
     Auto is the first variant in the family's order for the device (`FamilySpec.fastest`) that can run and is not slow
     (`FamilySpec.slow`). Where the order is not measured for this device, or its first variant refuses these sizes, the
-    variants that can run are timed. device: cuda or cpu. dtype: fp32, fp16 or bf16. allowed: the only variants that
-    auto may take. Raises RefusedError if a named variant can't run, or none of a family.
+    variants that can run are timed, if times of single calls say how fast an engine is with them (`_untimed`).
+    device: cuda or cpu. dtype: fp32, fp16 or bf16. allowed: the only variants that auto may take. Raises RefusedError
+    if a named variant can't run, or none of a family.
     """
     variants, reasons = {}, {}
     for name, asked in requested.items():
@@ -96,12 +110,15 @@ def _fastest(
                 break
     if not able:
         raise RefusedError(f"kernel.{spec.name}=auto: no variant can run here; {'; '.join(against)}")
-    if len(able) > 1:
-        taken, why = _timed(spec, able, device, dtype, sizes)
-        why = f"{why}, because {unmeasured}"
+    taken = able[0]
+    if not unmeasured:
+        why = f"the first that can run in the order measured for {kind} (grkernels/families.py)"
+    elif len(able) == 1:
+        why = "the only one left"
+    elif untimed := _untimed(spec, sizes):
+        why = f"the first that can run in the order; {unmeasured}, and none is timed, because {untimed}"
     else:
-        taken, order = able[0], f"the order measured for {kind} (grkernels/families.py)"
-        why = "the only one that can run" if unmeasured else f"the first that can run in {order}"
+        taken, why = _timed(spec, able, device, dtype, sizes, unmeasured)
     return taken, "; ".join([why, *against])
 
 
@@ -118,14 +135,32 @@ def _passed_over(
     return registry.availability(spec.name, variant) or spec.slow(sizes).get(variant)
 
 
-def _timed(spec: FamilySpec, able: list[str], device: str, dtype: str, sizes: Sizes) -> tuple[str, str]:
-    """Time these variants, and return the fastest and what was measured."""
+def _untimed(spec: FamilySpec, sizes: Sizes) -> str | None:
+    """Return None if single calls of variants can be timed and say how fast an engine is with them, else why not."""
+    if sizes.captured:
+        return "launches cost nothing in CUDA graphs"
+    if sizes.compiled:
+        return "Inductor compiles torch together with what is around it"
+    if not hasattr(registry.bench(spec.name), "of_model"):
+        return f"{spec.folder()}.bench has no of_model, the inputs of a model"
+    return None
+
+
+def _timed(
+    spec: FamilySpec, able: list[str], device: str, dtype: str, sizes: Sizes, unmeasured: str
+) -> tuple[str, str]:
+    """Time these variants, and return the fastest and what was measured, or the first if the device is busy."""
     from grkernels import timing  # imports torch, and configurations compose without it
 
-    times = timing.times(spec.name, tuple(able), device, dtype, sizes)
+    busy = _BUSY.get()
+    times = timing.times(spec.name, tuple(able), device, dtype, sizes, known=bool(busy))
+    if not times:
+        return able[0], f"the first that can run in the order; {unmeasured}, and none is timed beside {busy}"
     ms = {name: value for name, value in times.items() if isinstance(value, float)}
     words = [f"{name} {value:.3g} ms" if name in ms else f"{name} failed ({value})" for name, value in times.items()]
     shown = f"by a timing of {len(able)} variants: {', '.join(words)}"
     if not ms:
         raise RefusedError(f"kernel.{spec.name}=auto: {shown}")
-    return next(name for name in able if name in ms and ms[name] <= NEAR * min(ms.values())), shown
+    return next(
+        name for name in able if name in ms and ms[name] <= NEAR * min(ms.values())
+    ), f"{shown}, because {unmeasured}"

@@ -31,7 +31,7 @@ EVERY = {"torch": TORCH, "compile": TORCH, "triton": TRITON, "cutlass": CUTLASS}
 
 # The order in which `auto` tries variants, by kind of device. A variant that is in no order is used by name only.
 FASTEST = {"sm90": ("cutlass", "triton", "torch"), "cuda": ("triton", "torch"), "cpu": ("compile", "torch")}
-MEASURED = ("sm90", "cpu")  # kinds whose order is measured, the fastest first; on the others `auto` times them
+MEASURED = ("sm90",)  # kinds whose order is measured for the families below, the fastest first
 # H200, bf16, commit 136674a: layer_norm 35.1 us in Triton and 35.6 us in CuTe at 34816x1024, token_embedding
 # 6.5 and 6.8 us at 1280x512; equal elsewhere.
 TRITON_FIRST = FASTEST | {"sm90": ("triton", "cutlass", "torch")}
@@ -41,11 +41,7 @@ SLOW_BYTES = (
     "over pages in 8 bits it is measured 1.23 times as fast as triton with int8 and no faster with fp8, and an engine "
     "with it had not started after 60 s; kernel.hstu_attention=cutlass takes it"
 )
-# Two CPU cores, commit 112d669, `engine=hstu engine.device=cpu scenario=offline scenario.queries=2000`.
-SLOW_START = {
-    "compile": "measured on two cores, an engine with it is 1.9 times as fast as one with torch, but first starts in "
-    "84 s instead of 2; kernel=compile takes it"
-}
+SLOW_START = {"compile": "an engine with it starts slowly (docs/ARCHITECTURE.md, Kernels); kernel=compile takes it"}
 
 
 @dataclass(frozen=True)
@@ -60,12 +56,15 @@ class Sizes:
     page: int = 0  # tokens of a page of the KV cache; 0: no pages
     stored: str = ""  # int8 or fp8: pages are in 8 bits with scales (grkernels.pages); "": in the dtype of the model
     captured: bool = False  # in a CUDA graph
+    compiled: bool = False  # by Inductor, together with what is around it
     products: str = ""  # fp8: operands of products are in e4m3 with scales (grkernels.fp8); "": in the dtype
     attention: tuple[str, ...] = ()  # options of other HSTU models that its attention has, as "key=value"
     gate: tuple[str, ...] = ()  # those that its norm_gate has
+    kv_heads: int = 0  # of keys and values; 0: as many as `heads`
     users: int = 8  # of the batch
     events: int = 1024  # of each user, as are candidates
     candidates: int = 64
+    beams: int = 8  # of each user, where a search is timed
 
     @property
     def tokens(self) -> int:
@@ -86,7 +85,7 @@ class FamilySpec:
     variants: Mapping[str, Needs] = field(default_factory=lambda: EVERY)
     dims: Callable[[Sizes], dict[str, Any]] = lambda sizes: {}  # arguments of `supports` other than device and dtype
     fastest: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: FASTEST)
-    measured: tuple[str, ...] = MEASURED  # kinds of device
+    measured: tuple[str, ...] = ()  # kinds of device whose order is measured; on the others auto times variants
     slow: Callable[[Sizes], dict[str, str]] = lambda sizes: SLOW_START  # what auto passes over, with the reason
     of_model: bool = True  # kernel=NAME sets it; False: auto chooses, unless kernel.<family> names a variant
     writes: tuple[str, ...] = ()  # arguments that are the outputs, written in place; (): what is returned
@@ -178,7 +177,7 @@ def load() -> dict[str, FamilySpec]:
     An entry point of the group grbench.kernels named FAMILY refers to a FamilySpec. One named FAMILY.VARIANT refers to
     the module of a further variant of that family. Raises ValueError for a name that exists or a family that doesn't.
     """
-    families = {row.name: row for row in _ROWS}
+    families = {row.name: dataclasses.replace(row, measured=MEASURED) for row in _ROWS}
     found = sorted(entry_points(group=GROUP), key=lambda point: ("." in point.name, point.name))
     for point in found:
         name, _, variant = point.name.partition(".")

@@ -41,6 +41,8 @@ from grengines.remote.client import Client, ServerError
 from grengines.remote.config import RemoteConfig
 from grengines.remote.engine import RemoteEngine
 from grengines.runtime.native import native
+from grkernels import registry as kernel_registry
+from grkernels import timing
 
 tritonhttp = pytest.importorskip("tritonclient.http")
 tritongrpc = pytest.importorskip("tritonclient.grpc")
@@ -544,6 +546,22 @@ def test_signals_reload_and_end_it(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGTERM)
         until("ended")
         assert process.wait(60) == 0
+
+
+def test_a_reload_times_no_kernels_beside_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_registry, "device_kind", lambda device: "cuda")
+    asked = set()
+
+    def times(*of: Any, known: bool) -> timing.Times:
+        asked.add(known)
+        return {"torch": 1.0}
+
+    monkeypatch.setattr(timing, "times", times)
+    with serving(*TINY, "engine=hstu", "engine.device=cpu") as s:
+        assert asked == {False}
+        asked.clear()
+        assert s.call("/reload", b"")[0] == 200
+        assert asked == {True}
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,7 @@ from grengines.numerics import relative_error
 from grengines.runtime.batch import Encoding, pack
 from grengines.runtime.profile import Sizes, check, profiles
 from grkernels import capabilities
+from grkernels import registry as kernel_registry
 from grkernels.config import KernelConfig
 from grkernels.hstu_attention import torch as eager_attention
 from grkernels.operators import Operators
@@ -367,6 +368,14 @@ def test_what_cannot_be_part_of_a_package_is_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UnavailableError, match="cuda_graphs=true: a CPU has no CUDA graphs"):
             engine(cuda_graphs=True)
+
+
+def test_its_kernels_are_the_same_at_each_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A timing would choose anew at each start, and then the package of the start before is another one's."""
+    monkeypatch.setattr(kernel_registry, "device_kind", lambda device: "cuda")
+    made = engine(kernel="auto").actual()
+    assert set(made["kernels"].values()) == {"triton"}
+    assert "none is timed, because Inductor compiles torch" in made["kernel_choice"]["layer_norm"]
 
 
 def test_without_a_compiler_the_engine_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:

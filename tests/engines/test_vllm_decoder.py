@@ -51,7 +51,8 @@ from grengines.vllm.config import VLLMEngineConfig
 from grengines.vllm.engine import VLLMEngine
 from grengines.vllm.folder import ModelFolder
 from grengines.vllm.levels import Levels
-from grkernels.choice import requested
+from grkernels import choice
+from grkernels.choice import KernelChoice, requested
 from grkernels.operators import Operators
 
 # Every key serves two queries.
@@ -221,6 +222,19 @@ def test_arguments_of_ranks_are_vllms_own() -> None:
         engine = VLLMEngine(VLLMEngineConfig(tensor_parallel=ranks, device="cpu"), setup)
         arguments = engine.core_arguments(cast(ModelFolder, SimpleNamespace(path="folder")), 90, 4)
         assert {name: arguments[name] for name in arguments if name in vllm_ranks.arguments_of(2)} == theirs
+
+
+def test_kernels_are_chosen_for_the_heads_of_a_rank_and_the_beams(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def choose(*asked: Any, **options: Any) -> KernelChoice:
+        seen.append((options["sizes"].heads, options["sizes"].kv_heads, options["sizes"].beams))
+        return KernelChoice({}, {})
+
+    monkeypatch.setattr(choice, "choose", choose)
+    setup = Setup(DECODER, requested("torch"), CATALOGUE, 3, CacheConfig(), RETRIEVAL)
+    VLLMEngine(VLLMEngineConfig(tensor_parallel=2, device="cpu"), setup)
+    assert seen == [(DECODER.heads // 2, DECODER.kv_heads // 2, RETRIEVAL.beam_width)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its ranks are forks; test_two_gpus has real ones")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import importlib
 import json
 import re
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.command import run_fresh
 
 from grbench.config.compose import CONFIG_DIR
+from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime import kernels
 from grkernels import choice, families, registry, timing, tuning
@@ -66,13 +69,19 @@ def test_a_cpu_gets_torch_even_where_triton_is_interpreted() -> None:
     made = choose(requested("auto"), device="cpu", **BF16)
     assert made.variants == dict.fromkeys(registry.FAMILIES, "torch") and made.reasons.keys() == made.variants.keys()
     first, *others = made.reasons["norm_gate"].split("; ", 3)
-    assert first == "torch: the first that can run in the order measured for cpu (grkernels/families.py)"
+    assert first == "torch: the only one left"
     assert others[0] == "cutlass: needs an NVIDIA GPU of compute capability 9.0"
     assert others[1] == "triton: needs an NVIDIA GPU"
-    assert others[2].startswith("compile: measured on two cores, an engine with it is")
+    assert others[2].startswith("compile: an engine with it starts slowly (docs/ARCHITECTURE.md")
 
 
 SMALL = Sizes(32, 2, 16, 16, page=16, products="fp8", users=2, events=24, candidates=4)
+
+
+def never(*asked: object, **options: object) -> None:
+    raise AssertionError("variants are timed")
+
+
 ALONE = ("paged_write", "beam_attention")  # those with a variant that a captured graph can't hold
 
 
@@ -92,10 +101,57 @@ def test_a_device_without_a_measured_order_times_the_variants(monkeypatch: pytes
         assert taken <= other * choice.NEAR * 1.01, (family, why)  # the figures are rounded
     assert made.reasons["norm_gate"].endswith("; cutlass: needs an NVIDIA GPU of compute capability 9.0")
     assert choose(requested("auto"), device=DEVICE, dtype="bf16", sizes=SMALL) == made  # a process times once
-    captured = choose(requested("auto"), device=DEVICE, dtype="bf16", sizes=dataclasses.replace(SMALL, captured=True))
-    for family in ALONE:
-        assert captured.variants[family] == "triton"
-        assert captured.reasons[family].startswith("triton: the only one that can run; torch: waits for the device")
+
+
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [("captured", "launches cost nothing in CUDA graphs"), ("compiled", "Inductor compiles torch together with what")],
+)
+def test_engines_without_single_calls_take_the_order(option: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "device_kind", lambda device: "cuda")
+    monkeypatch.setattr(timing, "times", never)
+    sizes = dataclasses.replace(SMALL, **{option: True})
+    made = choose(requested("auto"), device=DEVICE, dtype="bf16", sizes=sizes)
+    assert set(made.variants.values()) == {"triton"}
+    for family, found in made.reasons.items():
+        if option == "captured" and family in ALONE:
+            assert found.startswith("triton: the only one left; torch: waits for the device")
+        else:
+            start = "triton: the first that can run in the order; no order is measured for cuda, and none is timed, "
+            assert found.startswith(f"{start}because {why}"), found
+
+
+def test_a_family_without_inputs_of_a_model_takes_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "device_kind", lambda device: "cuda")
+    monkeypatch.setattr(timing, "times", never)
+    monkeypatch.delattr("grkernels.layer_norm.bench.of_model")
+    made = choose({"layer_norm": "auto"}, device=DEVICE, dtype="bf16", sizes=SMALL)
+    why = "none is timed, because grkernels.layer_norm.bench has no of_model, the inputs of a model; cutlass: "
+    assert made.variants == {"layer_norm": "triton"} and why in made.reasons["layer_norm"]
+
+
+def test_nothing_is_timed_beside_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads know it too. Times of before are used, so that an engine that is built again has the same kernels."""
+    monkeypatch.setattr(registry, "device_kind", lambda device: "cuda")
+    sizes = dataclasses.replace(SMALL, embedding_dim=80)
+
+    def made() -> choice.KernelChoice:
+        return choose({"layer_norm": "auto"}, device=DEVICE, dtype="bf16", sizes=sizes)
+
+    async def on_a_thread() -> choice.KernelChoice:
+        return await asyncio.to_thread(made)
+
+    with choice.beside("calls"):
+        first = asyncio.run(on_a_thread())
+    assert first.variants == {"layer_norm": "triton"}
+    order = (
+        "the first that can run in the order; no order is measured for cuda, and none is timed beside calls; cutlass"
+    )
+    assert first.reasons["layer_norm"].startswith(f"triton: {order}")
+    timed = made()
+    assert "by a timing of 2 variants" in timed.reasons["layer_norm"]
+    with choice.beside("calls"):
+        assert asyncio.run(on_a_thread()) == timed
 
 
 BIASES = ("model.position_bias=true", "model.time_bias=8", "model.target_group_size=2")
@@ -123,11 +179,48 @@ def test_the_timed_inputs_have_the_options_of_the_model(family: str, options: di
 def test_an_engine_times_histories_that_its_model_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "device_kind", lambda device: "cuda")
     seen = []
-    monkeypatch.setattr(timing, "times", lambda *asked: seen.append(asked[-1].events) or {"triton": 1.0, "torch": 2.0})
+
+    def times(*asked: Any, known: bool) -> timing.Times:
+        seen.append(asked[-1])
+        return {"triton": 1.0, "torch": 2.0}
+
+    monkeypatch.setattr(timing, "times", times)
     for most in (40, 16385):
         made = kernels.choose({"layer_norm": "auto"}, HSTUConfig(max_positions=most), DEVICE, "fp32")
         assert made.variants == {"layer_norm": "triton"}
-    assert seen == [40, 2048]
+    assert [sizes.events for sizes in seen] == [40, 2048]
+
+
+def test_a_decoder_is_timed_at_its_own_heads_and_beams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "device_kind", lambda device: "cuda")
+    seen = []
+
+    def times(*asked: Any, known: bool) -> timing.Times:
+        seen.append(asked[-1])
+        return {"triton": 1.0, "torch": 2.0}
+
+    monkeypatch.setattr(timing, "times", times)
+    model = DecoderConfig(heads=8, kv_heads=4, head_dim=16, max_positions=32)
+    kernels.choose({"beam_attention": "auto"}, model, DEVICE, "fp32", page=16, ranks=2, beams=5)
+    [sizes] = seen
+    inputs = {f: registry.bench(f).of_model(sizes, dtype=torch.float32, device=DEVICE) for f in ALONE}
+    assert inputs["beam_attention"]["q"].shape == (8 * 5, 4, 16)
+    assert inputs["beam_attention"]["k_pages"].shape[1:] == (16, 2, 16)
+    assert inputs["paged_write"]["k_pages"].shape[1:] == (16, 2, 16)
+
+
+def test_a_wrong_variant_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros are the fastest answer of a returned result, and nothing that of a written one."""
+    monkeypatch.setattr(registry, "device_kind", lambda device: "cuda")
+    for family, fn in (("layer_norm", lambda x, *a, **o: torch.zeros_like(x)), ("paged_write", lambda *a, **o: None)):
+        broken = dataclasses.replace(registry.get(family, "torch"), fn=fn)
+        monkeypatch.setattr(f"grkernels.{family}.torch.VARIANT", broken)
+        sizes = dataclasses.replace(SMALL, embedding_dim=112, qk_dim=32, products="")
+        made = choose({family: "auto"}, device=DEVICE, dtype="bf16", sizes=sizes)
+        assert made.variants == {family: "triton"}
+        assert re.search(
+            r"torch failed \(differs from the fp32 reference by [\d.]+ \(relative\), allow", made.reasons[family]
+        )
 
 
 def test_a_variant_that_fails_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +371,7 @@ def test_a_package_brings_a_family_and_a_variant(toys: Path, tmp_path: Path) -> 
     assert record["actual"]["kernels"]["layer_norm"] == "toy" and record["actual"]["kernels"]["twice"] == "torch"
     why = record["actual"]["kernel_choice"]
     assert why.keys() == record["actual"]["kernels"].keys() and why["layer_norm"] == "toy: named in the configuration"
-    assert why["norm_gate"].startswith("torch: the first that can run in the order measured for cpu")
+    assert why["norm_gate"].startswith("torch: the only one left; ")
 
 
 def point(name: str, value: str) -> EntryPoint:
@@ -293,3 +386,8 @@ def test_entry_points_that_fit_nothing(name: str, why: str, monkeypatch: pytest.
     monkeypatch.setattr(families, "entry_points", lambda group: [point(name, "toys.module")])
     with pytest.raises(ValueError, match=rf"entry point {name} of group grbench\.kernels \(toys\.module\): .*{why}"):
         families.load()
+
+
+def test_nothing_is_measured_for_a_family_of_another_package() -> None:
+    assert {spec.measured for spec in registry.FAMILIES.values()} == {("sm90",)}
+    assert families.FamilySpec("twice", "twice a tensor").measured == ()

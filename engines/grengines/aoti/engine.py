@@ -65,6 +65,7 @@ class AOTIEngine(RankingEngine):
             page=self._page,
             stored=stored(self._cache),
             captured=self._asked != "false",
+            compiled=True,
             allowed=VARIANTS,
         )
         self._kernels = self._choice.variants

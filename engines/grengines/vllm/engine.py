@@ -54,7 +54,14 @@ class VLLMEngine(GeneratingEngine):
             options,
             self._device.type,
             lambda captured: kernel_choice.choose(
-                kernels, model, self._device.type, self._precision, page=options.block_size, captured=captured
+                kernels,
+                model,
+                self._device.type,
+                self._precision,
+                page=options.block_size,
+                captured=captured,
+                ranks=options.tensor_parallel,
+                beams=self._retrieval.beam_width,
             ),
         )
         self._kernels = self._graphs.kernels

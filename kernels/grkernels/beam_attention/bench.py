@@ -11,8 +11,6 @@ from grkernels.families import Sizes
 from grkernels.hstu_attention.spec import BYTES
 from grkernels.variant import Cost
 
-BEAMS = 8  # of a model's requests
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -85,9 +83,8 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
 
 def of_model(sizes: Sizes, *, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Return `inputs` of a batch of a model."""
-    shape = Shape(
-        sizes.users, sizes.events, BEAMS, sizes.heads, sizes.heads, sizes.qk_dim, page=sizes.page or Shape.page
-    )
+    heads = sizes.heads, sizes.kv_heads or sizes.heads
+    shape = Shape(sizes.users, sizes.events, sizes.beams, *heads, sizes.qk_dim, page=sizes.page or Shape.page)
     return inputs(shape, dtype=dtype, device=device, seed=0)
 
 

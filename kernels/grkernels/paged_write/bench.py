@@ -64,7 +64,7 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: str, seed: int) -> dict[
 def of_model(sizes: Sizes, *, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Return `inputs` of a batch of a model."""
     page = sizes.page or Shape.page
-    shape = Shape(sizes.tokens, sizes.heads, max(sizes.qk_dim, sizes.v_dim), page)
+    shape = Shape(sizes.tokens, sizes.kv_heads or sizes.heads, max(sizes.qk_dim, sizes.v_dim), page)
     arguments = inputs(shape, dtype=dtype, device=device, seed=0)
     if sizes.stored:
         for x in "kv":
