@@ -161,6 +161,5 @@ def _timed(
     shown = f"by a timing of {len(able)} variants: {', '.join(words)}"
     if not ms:
         raise RefusedError(f"kernel.{spec.name}=auto: {shown}")
-    return next(
-        name for name in able if name in ms and ms[name] <= NEAR * min(ms.values())
-    ), f"{shown}, because {unmeasured}"
+    taken = next(name for name in able if name in ms and ms[name] <= NEAR * min(ms.values()))
+    return taken, f"{shown}, because {unmeasured}"
