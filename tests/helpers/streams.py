@@ -35,7 +35,7 @@ class Streams(TorchDispatchMode):
         return LateMark(self)
 
     def side(self, device: object) -> LateStream:
-        """Stand for grengines.cache.host.SideStream. The first is called side1."""
+        """Stand for grengines.cache.host.side_stream. The first is called side1."""
         name = f"{SIDE}{len(self.queues)}"
         self.queues[name] = deque()
         return LateStream(self, name)
@@ -77,6 +77,9 @@ class LateStream:
 
     def __init__(self, streams: Streams, name: str) -> None:
         self._streams, self._name = streams, name
+
+    def __call__(self) -> LateStream:
+        return self
 
     def __enter__(self) -> None:
         self._streams.current = self._name

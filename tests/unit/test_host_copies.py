@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -91,7 +92,11 @@ class Traffic:
         first = self.random.randrange(len(numbers))
         pages = self.random.sample(range(PAGES), len(numbers) - first)
         onload = self.tier.load([Load(user, first, pages)])
-        onload.all_layers()
+        for layer in range(LAYERS):
+            onload.layer(layer)
+            other = self.random.randrange(8)
+            if other != user and other in self.expected:
+                self.prefetch(other)
         assert onload.queued and onload.bytes == len(pages) * self.pool.page_bytes
         for page, number in zip(pages, numbers[first:], strict=True):
             for layer in range(LAYERS):
@@ -134,7 +139,7 @@ def test_late_copies_find_their_memory_as_it_was(lazy: str, small: None, monkeyp
     for seed in range(20):
         with Streams(seed, lazy) as streams:
             monkeypatch.setattr(host, "Mark", streams.mark)
-            monkeypatch.setattr(host, "SideStream", streams.side)
+            monkeypatch.setattr(host, "side_stream", streams.side)
             traffic = Traffic(make_tier("cpu", reserve=seed % 2), seed)
             for _ in range(60):
                 traffic.step()
@@ -144,6 +149,37 @@ def test_late_copies_find_their_memory_as_it_was(lazy: str, small: None, monkeyp
         total = {name: n + total.get(name, 0) for name, n in traffic.counts.items()}
     assert min(n for name, n in total.items() if name != "refused") > 5, total
     assert total["refused"] > 0, total
+
+
+def test_layers_are_sent_under_the_lock_of_prefetches() -> None:
+    """A prefetch of another thread enters the same stream, and notes the last read of the host's pages too."""
+    tier, held = make_tier("cpu"), list[bool]()
+    assert tier.store(1, PAGE, NO_HISTORY, [0], 0)
+
+    @contextmanager
+    def up() -> Iterator[None]:
+        held.append(cast(Any, tier.lock)._is_owned())
+        yield
+
+    tier._up = up
+    onload = tier.load([Load(1, 0, [1])])
+    held.clear()
+    onload.all_layers()
+    assert held == [True] * (LAYERS - host.AHEAD)
+
+
+@pytest.mark.gpu
+def test_threads_enter_a_stream_beside_each_other() -> None:
+    stream, main = host.side_stream(torch.device("cuda")), torch.cuda.current_stream()
+    with stream(), ThreadPoolExecutor(1) as thread:
+
+        def enter() -> bool:
+            with stream():
+                return torch.cuda.current_stream() != main
+
+        assert thread.submit(enter).result()
+        assert thread.submit(torch.cuda.current_stream).result() == main
+    assert torch.cuda.current_stream() == main
 
 
 @pytest.mark.gpu

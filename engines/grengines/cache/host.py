@@ -13,13 +13,15 @@ With a storage tier below, `reserve` further pages are the memory of states on t
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -40,19 +42,12 @@ WARM_PAGES = 32  # most pages of the copies that load all kernels: those for few
 STAGED_SHARE = 0.125  # most bytes of prefetched states, as a share of the device's pool
 
 
-class SideStream:
-    """Stream for copies that run while the device's main stream computes; on a CPU no stream."""
+def side_stream(device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """Return what enters a stream for copies that run while the main stream computes; on a CPU there is no stream.
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def __enter__(self) -> SideStream:
-        self._context: Any = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-        self._context.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._context.__exit__(*exception)
+    Each entry is a context of its own, because threads enter the same stream.
+    """
+    return partial(torch.cuda.stream, torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext
 
 
 @dataclass(eq=False)
@@ -109,7 +104,7 @@ class _Staged:
 
 @dataclass
 class HostTier:
-    """Pages of host memory, and the states in them. Not thread-safe: `UserStates` holds its lock around it.
+    """Pages of host memory, and the states in them. Not thread-safe: `UserStates` holds `lock` around it.
 
     A page holds the keys of one layer, then its values and then the scales of 8-bit ones, as whole words. So a state's
     layer is one copy for each run of pages.
@@ -128,6 +123,7 @@ class HostTier:
     bytes_down: int = 0  # sent to the host so far
     used: int = 0  # pages of all states
     states: dict[int, HostState] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)  # a load takes it for each layer, beside prefetches
     _staged: dict[int, _Staged] = field(default_factory=dict)
     _last_read: Mark | None = None  # end of all copies to the device so far
     _last_write: Mark | None = None  # end of all copies from the device so far
@@ -175,7 +171,7 @@ class HostTier:
         self._staging = [torch.empty(loaded, words, dtype=word, device=self.device) for _ in range(AHEAD)]
         self._first_rows = np.arange(len(self.layers))[:, None] * pool.pages  # of each layer in `_flat`
         self._flat = [x.flatten(0, 1) for x in self._parts]
-        self._down, self._up = SideStream(self.device), SideStream(self.device)
+        self._down, self._up = side_stream(self.device), side_stream(self.device)
         self._placed = [Mark(self.device)] * AHEAD  # from here on the staging memory is free
         self._ahead: list[Tensor] = []  # memory of prefetched states, of each layer
         self._ahead_pages = Extents(int(STAGED_SHARE * pool.pages))
@@ -189,7 +185,7 @@ class HostTier:
         with torch.inference_mode(False):
             self._ahead = [torch.empty(shape, dtype=word, device=self.device) for _ in self.layers]
         made = Mark(self.device)
-        with self._up:
+        with self._up():
             made.wait()
 
     def _warm_up(self) -> None:
@@ -285,7 +281,7 @@ class HostTier:
         for part, gathered in zip(self._flat, rows.split(self._widths, dim=1), strict=False):
             torch.index_select(part, 0, ids, out=gathered)
         ready = Mark(self.device)
-        with self._down:
+        with self._down():
             if self._last_read is not None:  # earlier contents of these pages may still be read
                 self._last_read.wait()
             ready.wait()
@@ -339,7 +335,7 @@ class HostTier:
         if not self._ahead:
             self._make_ahead()
         extents = self._ahead_pages.allocate(pages)
-        with self._up:
+        with self._up():
             if state.written is not None:
                 state.written.wait()
             for ahead, host in zip(self._ahead, self.layers, strict=True):
@@ -403,7 +399,7 @@ class Onload:
         self._runs = [list(_runs(sources, i * len(tier._staging[0]), len(ids))) for i, ids in enumerate(self._ids)]
         self._sent: list[tuple[Mark, Mark]] = []  # of each step
         self._waits: list[tuple[Mark, Mark]] = []
-        with self._up:
+        with self._up():
             for source in sources:
                 for there in source.there:
                     there.wait()
@@ -461,7 +457,7 @@ class Onload:
                 source.load.reading.wait(i)
         self.read_wait_ms += (time.perf_counter() - begun) * 1e3
         staging = tier._staging[step % AHEAD]
-        with self._up:
+        with tier.lock, self._up():
             tier._placed[step % AHEAD].wait()
             begin = Mark(self._device)
             for memory, (first, n) in self._runs[part]:

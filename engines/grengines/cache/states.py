@@ -68,7 +68,7 @@ class UserStates:
             return pool.pages_for(tokens) * pool.page_bytes, cost(tokens)
 
         self.pool, self.tier, self.storage = pool, tier, storage
-        self._lock = threading.Lock()
+        self._lock = tier.lock if tier is not None else threading.RLock()
         self._log = EventLog()
         self._index = StateIndex(pool, contextual_seq_len)
         self._policy = GuardedPolicy(policy, measure, self._log)
