@@ -18,7 +18,8 @@ LOADS = {  # scenario: the option of its offered load, and the unit
 }
 
 
-MLPERF, LIKE = "dlrm_v3", "DLRM-v3-like"
+LIKE = "DLRM-v3-like"
+LIKES = {"dlrm_v3": LIKE, "dlrm_v3_stu": f"{LIKE} (dlrm_v3_stu)"}  # names of models with layers of MLPerf's DLRM-v3
 UNLIKE = (
     f"{LIKE}: the model has the layers of MLPerf's DLRM-v3 and leaves out much else (docs/PERFORMANCE.md), so its "
     "figures are not those of MLPerf's"
@@ -33,7 +34,8 @@ def scenario_of(record: RunRecord) -> str:
 
 def model_of(record: RunRecord) -> str:
     """Return the model's name as pages have it: one with layers of MLPerf's DLRM-v3 is only like it."""
-    return str(record.spec["model"]["name"]).replace(MLPERF, LIKE)
+    name = str(record.spec["model"]["name"])
+    return LIKES.get(name, name)
 
 
 def unit_of(record: RunRecord) -> str:

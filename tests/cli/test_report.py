@@ -176,7 +176,9 @@ def test_cells_of_two_machines_are_two_sections(tmp_path: Path) -> None:
     assert spans([1, 2, 3, 5, 7, 8]) == "1-3, 5, 7-8"
 
 
-@pytest.mark.parametrize(("model", "name"), [("dlrm_v3", "DLRM-v3-like"), ("dlrm_v3_stu", "DLRM-v3-like_stu")])
+@pytest.mark.parametrize(
+    ("model", "name"), [("dlrm_v3", "DLRM-v3-like"), ("dlrm_v3_stu", "DLRM-v3-like (dlrm_v3_stu)")]
+)
 def test_a_model_with_mlperfs_layers_is_named_as_like_it(tmp_path: Path, model: str, name: str) -> None:
     meaning = "DLRM-v3-like: the model has the layers of MLPerf's DLRM-v3 and leaves out much else"
     write_cell(tmp_path / "o" / "0", f"model={model}")
@@ -184,10 +186,10 @@ def test_a_model_with_mlperfs_layers_is_named_as_like_it(tmp_path: Path, model: 
     assert f"## Answer at 100 requests/s ({name})\n" in page
     assert f"\n- {meaning}" in page
     assert any(line.startswith(meaning) for line in screen(read_cells([tmp_path / "o"]), None))
-    write_cell(tmp_path / "o" / "1", "workload=synthetic_long")
+    write_cell(tmp_path / "o" / "1", "workload=synthetic_long", "model.name=my_dlrm_v3b")
     page = written(tmp_path / "o", tmp_path)
     assert f"## Answer at 100 requests/s ({name} on ml_100k)" in page
-    assert "## Answer at 100 requests/s (hstu_tiny on synthetic_long)" in page
+    assert "## Answer at 100 requests/s (my_dlrm_v3b on synthetic_long)" in page  # another model keeps its name
     assert "DLRM" not in written(tmp_path / "o" / "1", tmp_path)
 
 
