@@ -38,7 +38,8 @@ class PagedCacheConfig:
     )  # fmt: skip
     memory_gb: float = option(1.0, "device memory of all pages, 10^9 bytes", gt=0)
     host_gb: float = option(
-        0.0, "page-locked host memory for evicted states, 10^9 bytes; copies take up to 2.5 GiB of the device; 0: none",
+        0.0, "page-locked host memory for evicted states, 10^9 bytes; copies take up to 2.5 GiB of the device "
+        "and, for prefetched states, an eighth of memory_gb; 0: none",
         ge=0,
     )  # fmt: skip
     host_admit_visit: int = option(
