@@ -116,7 +116,7 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
             beyond = True
             falls[id(trial)] = fall = 2 * falls.get(id(trial), STEPS // 2)
         tries[id(trial)] = Try(step - fall) if step - fall > _lowest(goal, trial, step) else None
-    knowledge.uncertified = "; ".join([*failures[-1:], *([missing] if missing else [])])
+    knowledge.uncertified = "; ".join([*([missing] if missing else []), *failures[-1:]])
     return None
 
 
