@@ -70,7 +70,7 @@ class Cell:
                 assert gate is not None
             with self._figures_of_failure():
                 self._check(engine, gate)
-                self._check_quality(engine, trace, built.retrieval)
+                self._check_quality(built)
                 data = DataSet.of(self.spec, trace) if is_accuracy(self.spec.scenario) else None
                 requests = data.requests if data else trace.requests
                 self._make(requests)
@@ -183,14 +183,14 @@ class Cell:
                 engine.reset_cache(keep=Tier.STORAGE)
                 self.outcome.gate["error_from_storage"] = gate.check(engine, max_batch).error
 
-    def _check_quality(self, engine: Engine, trace: Trace, retrieval: Retrieval | None) -> None:
+    def _check_quality(self, built: Built) -> None:
         """Compute the quality of trained weights. A precision that loses too much ends the cell."""
-        actual = self.outcome.actual
+        actual, engine, trace = self.outcome.actual, built.engine, built.trace
         found: tuple[quality.Quality | quality.ListQuality | None, quality.QualityFigures] | None
         if self.spec.task == "rank":
             found = quality.measure(self.spec, trace, cast(Ranker, engine), coarsest(actual), actual["device"])
         else:
-            found = quality.measure_lists(self.spec, trace, engine, retrieval, actual)
+            found = quality.measure_lists(self.spec, trace, engine, built.retrieval, actual, built.references)
         if found is None:
             return
         beside, self._quality = found

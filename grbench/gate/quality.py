@@ -23,7 +23,7 @@ from grbench.gate.rank import coarsest
 from grbench.quality.exact import in_fp32, is_exact, prepared
 from grbench.quality.held_out import HeldOut, doubt_of_lists
 from grbench.quality.lists import Lists
-from grbench.quality.metrics import Estimate, Floats, estimate_of
+from grbench.quality.metrics import Estimate, Floats, Ints, estimate_of
 from grbench.quality.protocol import LeaveOneOut
 from grbench.quality.rankings import NONE_LATER, Rankings
 from grbench.workloads.config import DrawnConfig
@@ -244,13 +244,19 @@ class QualityFigures:
 
 
 def measure_lists(
-    spec: RunSpec, trace: Trace, engine: Engine, retrieval: Retrieval | None, actual: dict[str, Any]
+    spec: RunSpec,
+    trace: Trace,
+    engine: Engine,
+    retrieval: Retrieval | None,
+    actual: dict[str, Any],
+    references: dict[int, list[Ints]],
 ) -> tuple[ListQuality | None, QualityFigures] | None:
     """Return HR@10 beside the reference's, and the figures of the record, leave one out over some users.
 
     The lists are those of the run: of `retrieval.k` items, with the user's past and without it. The reference is the
-    same model in fp32; a decoder has none, and the reference itself is not compared. actual: what ran. The result is
-    None without a ground truth: for random weights or synthetic events. `grbench evaluate` asks about all users, for
+    same model in fp32; a decoder has none, and the reference itself is not compared. actual: what ran. references: the
+    reference's answers by gate.quality_requests, which cells of one engine share; what is lacking is added. The result
+    is None without a ground truth: for random weights or synthetic events. `grbench evaluate` asks about all users, for
     longer lists.
     """
     trained = spec.retrieval is not None and spec.retrieval.weights is not None
@@ -266,8 +272,10 @@ def measure_lists(
     if is_exact(actual):
         losses = lists.losses(answers, answers)
     elif exact := in_fp32(spec, actual):
-        with prepared(exact, trace.catalogue, retrieval, lists.requests) as reference:
-            expected = lists.ask(reference, exact.task, exact.scenario.max_batch)
+        if (expected := references.get(spec.gate.quality_requests)) is None:
+            with prepared(exact, trace.catalogue, retrieval, lists.requests) as reference:
+                expected = lists.ask(reference, exact.task, exact.scenario.max_batch)
+            references[spec.gate.quality_requests] = expected
         theirs = lists.estimates(expected)
         losses = lists.losses(answers, expected)
         lost = losses.get("hr10")

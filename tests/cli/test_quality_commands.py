@@ -226,6 +226,30 @@ def test_lists_in_eight_bits_have_the_hit_rate_of_fp32(
     assert "throughput_rps" not in record["metrics"]
 
 
+def test_cells_of_one_engine_share_the_lists_of_its_reference(
+    grbench_here: Grbench, grbench_forked: Grbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, prepared = tmp_path / "references", quality.prepared
+
+    def counted(*args: Any) -> Any:
+        with built.open("a") as file:
+            file.write("built\n")
+        return prepared(*args)
+
+    monkeypatch.setattr(quality, "prepared", counted)
+    words = [*pipeline_of(grbench_here, tmp_path), "engine.retrieve.precision=bf16", "runner.keep_engine=true"]
+    sweep = ["scenario.queries=20,30", "gate.quality_requests=40,25"]
+    done = grbench_forked("-m", *words, *QUIET, "scenario=closed_loop", *sweep)
+    assert done.returncode == 0, done.stderr
+    found: dict[int, list[Any]] = {40: [], 25: []}
+    for file in (tmp_path / "outputs").rglob("record.json"):
+        record = json.loads(file.read_text())
+        figures = {name: value for name, value in record["metrics"].items() if name.startswith("quality/")}
+        found[record["gate"]["lists"]["users"]].append([figures, record["gate"]["lists"]])
+    assert all(first == second for first, second in found.values())
+    assert len(built.read_text().split()) == len(found)  # one for each number of users
+
+
 def test_a_pipeline_of_trained_models_has_its_quality_in_the_record(
     grbench_here: Grbench, grbench_forked: Grbench, tmp_path: Path
 ) -> None:

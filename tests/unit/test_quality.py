@@ -271,7 +271,7 @@ def test_a_ranker_that_may_know_the_last_events_has_no_quality_of_lists() -> Non
         ranking_model=SimpleNamespace(weights="none.st"),
     )
     trace: Any = None  # nothing is looked up in it, and no engine is asked
-    measured = quality.measure_lists(spec, trace, trace, None, {})
+    measured = quality.measure_lists(spec, trace, trace, None, {}, {})
     assert measured is not None and measured[0] is None
     found = measured[1]
     assert not found.metrics and not found.intervals
