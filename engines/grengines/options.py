@@ -89,8 +89,9 @@ def _outside(config: Any, path: str = "") -> Iterator[str]:
             yield from _outside(value, f"{key}.")
             continue
         for item in value if isinstance(value, list) else [value]:
-            if item is not None and not _allows(field.metadata.get("allowed", {}), item):
-                yield f"{key}={item}: {allowed_instead(field, item)}"
+            if item is not None and not _allows(allowed := field.metadata.get("allowed", {}), item):
+                named = "url" in allowed and names_user(item)
+                yield user_refused(key) if named else f"{key}={item}: {allowed_instead(field, item)}"
 
 
 def idle(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -141,6 +142,8 @@ def _allows(allowed: dict[str, Any], value: Any) -> bool:
 
 def is_url(text: str) -> bool:
     """Return whether a text is the URL of a server, as URLS says."""
+    if names_user(text):
+        return False
     try:
         parts = urlsplit(text)
         named = parts.port != 0 and bool(parts.hostname)  # a port that is no number raises ValueError
@@ -149,6 +152,16 @@ def is_url(text: str) -> bool:
     return named and parts.scheme in ("http", "https") and (parts.path, parts.query, parts.fragment) in (
         ("", "", ""), ("/", "", ""),
     )  # fmt: skip
+
+
+def names_user(url: str) -> bool:
+    """Return whether a URL has a user or a password in it, which records would keep."""
+    return "@" in url
+
+
+def user_refused(key: str) -> str:
+    """Return the error for a URL that names a user. It does not repeat the URL."""
+    return f"{key}: a URL with a user or a password would be recorded; allowed is {URLS}; give engine.api_key_file=FILE"
 
 
 @dataclass

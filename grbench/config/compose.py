@@ -39,7 +39,7 @@ from grbench.config.schema import (
 from grbench.config.unread import idle_words, unread
 from grbench.execution.clock import SILENCE_S, at_most_every, pace
 from grbench.subcommands import summaries
-from grengines.options import allowed_instead, describe
+from grengines.options import allowed_instead, describe, names_user, user_refused
 from grkernels.nearest import nearest
 
 CONFIG_DIR = str(checkout_or_packaged("conf"))
@@ -111,6 +111,7 @@ def axes_of(overrides: Sequence[str], config_dir: str | None = None) -> tuple[di
     Raises ConfigError.
     """
     prepare_hydra()
+    _refuse_users_in_urls(overrides)
     extra = _search_path(config_dir)
     try:
         with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
@@ -154,6 +155,7 @@ def plan_jobs(
     lack, as cache=none lacks cache.memory_gb, is left out of those. report: takes a line that says so, and one now and
     then, because hundreds of combinations take a minute.
     """
+    _refuse_users_in_urls(overrides)
     extra = _search_path(config_dir)
     try:
         with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
@@ -171,6 +173,14 @@ def plan_jobs(
         raise ConfigError(explain(e)) from None
     finally:
         GlobalHydra.instance().clear()
+
+
+def _refuse_users_in_urls(words: Sequence[str]) -> None:
+    """Raise ConfigError for a URL with a user before another error repeats the password, as one of grammar does."""
+    for word in words:
+        key, _, value = word.lstrip("+").partition("=")
+        if key in ("engine.url", "engine.more_urls") and names_user(value):
+            raise ConfigError(user_refused(key))
 
 
 def _expand(

@@ -17,7 +17,9 @@ import pytest
 from helpers.command import Grbench
 from helpers.serving import TINY, Serving, serving, tiny_trace, wait_until
 
+from grengines.options import violations
 from grengines.remote.client import Client, ServerError
+from grengines.remote.config import RemoteConfig
 
 WORDS = [*TINY, "engine=hstu", "cache=lru"]
 CALLERS = 2
@@ -116,6 +118,35 @@ def test_a_url_that_is_none_is_refused_before_anything_runs(grbench_here: Grbenc
     assert done.stderr == (
         "grbench load: engine.url=foo: allowed is http://HOST:PORT or https://HOST:PORT, such as http://127.0.0.1:8000\n"
     )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["load", "url=http://me:secret@127.0.0.1:8000"],
+        ["load", "url=[http://127.0.0.1:8000,http://me:secret@127.0.0.1:8001]"],
+        ["load", "url=http://me:#secret,@127.0.0.1:8000"],
+        ["-m", "engine=remote", "engine.url=http://127.0.0.1:8000,http://me:secret@127.0.0.1:8001"],
+        ["tune", "engine=remote", "engine.url=http://me:secret@127.0.0.1:8000"],
+    ],
+)
+def test_a_url_with_a_password_is_refused_and_not_repeated(
+    grbench_here: Grbench, tmp_path: Path, words: list[str]
+) -> None:
+    done = grbench_here(*words)
+    assert done.returncode == 2 and "secret" not in done.stdout + done.stderr
+    assert done.stderr.count("\n") == 1 and "engine.api_key_file=FILE" in done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
+
+
+def test_a_url_with_a_password_is_refused_where_it_is_not_typed() -> None:
+    url = "http://me:secret@127.0.0.1:8000"
+    for line in violations(RemoteConfig(url=url, more_urls=[url])):
+        assert "api_key_file" in line and "secret" not in line
+    assert len(list(violations(RemoteConfig(url=url, more_urls=[url])))) == 2
+    with pytest.raises(ValueError, match="a URL with a user") as refused:
+        Client(url)
+    assert "secret" not in str(refused.value)
 
 
 def load(grbench: Grbench, url: str, wait_s: float) -> Any:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grengines.api import Float32Array, Int64Array, Request
-from grengines.options import URLS, is_url
+from grengines.options import URLS, is_url, names_user, user_refused
 
 Tensors = dict[str, npt.NDArray[Any]]
 HEADER_LENGTH = "inference-header-content-length"
@@ -60,7 +60,7 @@ class Client:
     def __init__(self, url: str, api_key: str | None = None, timeout_s: float = 30.0) -> None:
         """Raises ValueError for another URL than http://HOST:PORT or https://HOST:PORT."""
         if not is_url(url):
-            raise ValueError(f"url={url}: allowed is {URLS}")
+            raise ValueError(user_refused("url") if names_user(url) else f"url={url}: allowed is {URLS}")
         parts = urlsplit(url)
         self._url, self._host, self._port = url.rstrip("/"), parts.hostname or "", parts.port
         self._connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
