@@ -267,12 +267,12 @@ def shape_of(shape: Any, tensor: str) -> list[int]:
     return sizes
 
 
-def chosen(call: Call, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the outputs that a call asks for. Raises RefusedError for one that there is not."""
-    if unknown := [name for name in call.outputs if name not in tensors]:
-        near = nearest(shown(unknown[0]), tensors)
-        raise invalid(f"outputs: {shown(unknown[0])}: no such output; {near}allowed are {', '.join(tensors)}")
-    return {name: tensors[name] for name in call.outputs or tensors}
+def wanted(call: Call, outputs: Sequence[str]) -> Sequence[str]:
+    """Return the outputs that a call asks for, of those of its task. Raises RefusedError for one that there is not."""
+    if unknown := [name for name in call.outputs if name not in outputs]:
+        near = nearest(shown(unknown[0]), outputs)
+        raise invalid(f"outputs: {shown(unknown[0])}: no such output; {near}allowed are {', '.join(outputs)}")
+    return list(call.outputs) or outputs
 
 
 def render(

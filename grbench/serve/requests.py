@@ -212,12 +212,15 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+def outputs_of(task: str) -> tuple[str, ...]:
+    """Return the names of a task's outputs."""
+    return ("OUTPUT", "OUTPUT_LENGTHS") if task == "rank" else ("OUTPUT", "ITEMS", "OUTPUT_LENGTHS")
+
+
 def metadata(task: str, tasks: int | None) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
     """Return the inputs and outputs of a task. tasks: scores of an item; None: one number."""
     names = [name for name in INPUTS if task == "rank" or name != "NUM_CANDIDATES"]
     inputs: list[dict[str, object]] = [{"name": n, "datatype": INPUTS[n][0], "shape": [-1]} for n in names]
     shape = [-1] if tasks is None else [-1, tasks]
-    outputs: list[dict[str, object]] = [{"name": "OUTPUT", "datatype": "FP32", "shape": shape}]
-    if task != "rank":
-        outputs.append({"name": "ITEMS", "datatype": "INT64", "shape": [-1]})
-    return inputs, [*outputs, {"name": "OUTPUT_LENGTHS", "datatype": "INT64", "shape": [-1]}]
+    forms = {name: ("FP32", shape) if name == "OUTPUT" else ("INT64", [-1]) for name in outputs_of(task)}
+    return inputs, [{"name": name, "datatype": kind, "shape": sizes} for name, (kind, sizes) in forms.items()]

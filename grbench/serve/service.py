@@ -26,11 +26,11 @@ from grbench.serve.protocol import (
     Call,
     Tensor,
     check_parameters,
-    chosen,
     number_of,
     unknown_model,
+    wanted,
 )
-from grbench.serve.requests import decode, encode, events_of
+from grbench.serve.requests import decode, encode, events_of, outputs_of
 from grbench.serve.serving_deployment import ServingDeployment, bring_up
 from grbench.serve.strategy import State
 
@@ -162,6 +162,7 @@ class Service:
         present = self.serving(model, version)
         controller = present.controller
         check_parameters(call.parameters, CALL_PARAMETERS)
+        names = wanted(call, outputs_of(present.bounds.task))
         limit_s = min(self._limit_s(call.parameters), call.limit_s)
         requests = decode(call.tensors, present.bounds, present.states, limit_s * 1e3, call.client)
         deadline = begun + limit_s
@@ -177,11 +178,11 @@ class Service:
             answers = [await self._finish(controller, begun_all[0])]
         else:
             answers = await _all(self._finish(controller, one) for one in begun_all)
-        tensors = chosen(call, encode([answer.done.reply for answer in answers]))
+        tensors = encode([answer.done.reply for answer in answers])
         parameters = _parameters(answers)
         if call.client:  # the engine's cache may hold the events of another client's user of this number
             del parameters["cached_tokens"]
-        return tensors, parameters
+        return {name: tensors[name] for name in names}, parameters
 
     async def _finish(self, controller: Controller, begun: Queued) -> Answer:
         """Return an answer, and count it. A request that replaced strategies gave back goes to the present ones once.

@@ -225,6 +225,13 @@ def test_a_wrong_call_is_refused_in_one_line(server: Serving, body: Any, status:
     assert server.call("/v2/models/hstu_tiny/infer", {"inputs": base()})[0] == 200  # the server goes on
 
 
+def test_an_output_that_there_is_not_is_refused_before_a_batch_runs(server: Serving) -> None:
+    before = server.metric("nv_inference_exec_count")
+    for outputs, status in (([{"name": "ITEMS"}], 400), ([{"name": "OUTPUT_LENGTHS"}], 200)):
+        assert server.call("/v2/models/hstu_tiny/infer", {"inputs": base(), "outputs": outputs})[0] == status
+    assert server.metric("nv_inference_exec_count") == before + 1
+
+
 def test_parameters_of_a_clients_own_are_ignored_and_misspelled_ones_are_not(server: Serving) -> None:
     """The protocol lets clients send their own: those of Triton, and some that we have never heard of."""
     own = {"sequence_id": 3, "sequence_start": True, "priority": 1, "headers": "x", "tenant": "a", "user_id": 2}
