@@ -68,8 +68,8 @@ class Lists:
         if not gone:
             return []
         return [
-            f"no {', '.join(gone)}: without the past, the {self.k} items of an answer leave some users too few; "
-            "raise retrieval.k and retrieval.beam_width"
+            f"figures without a user's past are left out ({', '.join(gone)}): the {self.k} items of an answer leave "
+            "some users too few; raise retrieval.k and retrieval.beam_width to have them"
         ]
 
     def baselines(self) -> dict[str, dict[str, Estimate]]:
