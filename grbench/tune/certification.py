@@ -94,7 +94,7 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
     failures: list[str] = []
     missing = ""  # what the budget lacks, of the first that it has no room for
     falls: dict[int, int] = {}  # steps by which each trial was lowered last
-    beyond = False  # a figure was beyond attempt limit
+    beyond = False  # a figure was beyond its limit
     firsts = ((trial, _first_step(goal, trial)) for trial in knowledge.ranking())
     tries = {id(trial): None if step is None else Try(step) for trial, step in firsts}
     while open_ := [(trial, attempt) for trial in knowledge.ranking() if (attempt := tries[id(trial)]) is not None]:
