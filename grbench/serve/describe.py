@@ -51,7 +51,8 @@ def model_config(service: Service, model: str, version: str) -> dict[str, Any]:
 
 def model_statistics(service: Service, model: str, version: str) -> dict[str, Any]:
     """Return the statistics of the model in Triton's form. Raises RefusedError."""
-    controller, figures = service.serving(model, version).controller, service.figures
+    service.serving(model, version)
+    figures = service.figures
     duration = {
         "success": {"count": figures.calls, "ns": figures.ns["total"]},
         "fail": {"count": figures.failed, "ns": 0},
@@ -65,7 +66,7 @@ def model_statistics(service: Service, model: str, version: str) -> dict[str, An
         "version": VERSION,
         "last_inference": figures.last_ms,
         "inference_count": figures.requests,
-        "execution_count": sum(s.batches for s in controller.strategies),
+        "execution_count": sum(one.batches for one in service.metrics.answered.values()),
         "inference_stats": duration,
     }
 
@@ -109,7 +110,7 @@ def _strategy(strategy: Strategy) -> dict[str, Any]:
         "attention_precision": actual.get("attention_precision", ""),
         "device": actual.get("device", ""),
         "pending": strategy.pending,
-        "batches": strategy.batches,
+        "batches": strategy.answered.batches,
         "gate": {k: gate.get(k) for k in ("error", "tolerance")},
         "fixed_ms": round(strategy.costs.fixed_s * 1e3, 4),
         "costs": strategy.costs.table(),

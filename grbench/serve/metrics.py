@@ -6,7 +6,9 @@ Triton's counters have no `_total` at their end, which the library would add, so
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -15,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from grbench.execution.heap import in_use
 
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
+PARTS = ("flight", "behind", "pack", "load", "compute")  # of the time of a batch
 STAGES = ("queue", "pack", "load", "compute", "post")
 
 TRITON = {  # its counters, behind nv_
@@ -36,15 +39,21 @@ TRITON_GPU = {  # its gauges, behind nv_gpu_: what NVML reads for a record, and 
 }
 
 
+@dataclass
+class Answered:
+    """The batches that strategies of one name have answered, and their time together. A reload does not end it."""
+
+    batches: int = 0
+    spent_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+
+
 class StrategyFigures(NamedTuple):
-    """The requests that a strategy holds, and the work that it has done."""
+    """The requests that a strategy holds, and what it is."""
 
     name: str
     state: str
     engine: str
     pending: int  # requests that it holds
-    batches: int  # that it has answered
-    spent_s: Mapping[str, float]  # of all batches together, by part
     host_loops: str = ""  # as in a record: "C", or "NumPy: " and why; "": it packs no batches
     state_bytes: Mapping[str, int] = {}  # of users, by tier
 
@@ -97,6 +106,7 @@ class Metrics:
         self._stages = [self.stages.labels(stage) for stage in STAGES]  # the look-up takes most of an observation
         ProcessCollector(registry=self.registry)
         self._triton = dict.fromkeys(TRITON, 0.0)
+        self.answered: defaultdict[str, Answered] = defaultdict(Answered)  # by name of a strategy, also of former ones
         self.gpu: Mapping[str, float] = {}  # what NVML has read for this answer, by names of a record
         self.in_flight = Gauge("grbench_inflight", "Calls in the server", **own)
 
@@ -110,8 +120,8 @@ class Metrics:
 
         state: of each strategy. model: its name and version.
         """
-        self.registry.register(_Live(state, users))
-        self.registry.register(_Triton(self._triton, state, model))
+        self.registry.register(_Live(state, users, self.answered))
+        self.registry.register(_Triton(self._triton, self.answered, state, model))
         self.registry.register(_TritonGpu(lambda: self.gpu))
 
     def ended(self, status: int, strategy: str, took_s: float, post_s: float) -> None:
@@ -151,8 +161,13 @@ class Metrics:
 class _Live:
     """Figures that are read when Prometheus asks."""
 
-    def __init__(self, state: Callable[[], Iterable[StrategyFigures]], users: Callable[[], int]) -> None:
-        self._state, self._users = state, users
+    def __init__(
+        self,
+        state: Callable[[], Iterable[StrategyFigures]],
+        users: Callable[[], int],
+        answered: Mapping[str, Answered],
+    ) -> None:
+        self._state, self._users, self._answered = state, users, answered
 
     def collect(self) -> Iterator[Metric]:
         depth = GaugeMetricFamily("grbench_queue_depth", "Requests that a strategy holds", labels=["strategy"])
@@ -176,11 +191,12 @@ class _Live:
             if one.host_loops:
                 form, _, reason = one.host_loops.partition(": ")
                 loops.add_metric([one.name, form, reason], 1)
-            batches.add_metric([one.name], one.batches)
-            for part, seconds in one.spent_s.items():
-                spent.add_metric([one.name, part], seconds)
             for tier, taken in one.state_bytes.items():
                 held.add_metric([one.name, tier], taken)
+        for name, done in self._answered.items():
+            batches.add_metric([name], done.batches)
+            for part, seconds in done.spent_s.items():
+                spent.add_metric([name, part], seconds)
         yield from (depth, info, loops, batches, spent, held)
         yield CounterMetricFamily(
             "grbench_front_end_cpu_seconds", "Processor time of the event loop's thread, which this runs on",
@@ -199,17 +215,18 @@ class _Triton:
     def __init__(
         self,
         sums: dict[str, float],
+        answered: Mapping[str, Answered],
         state: Callable[[], Iterable[StrategyFigures]],
         model: Callable[[], tuple[str, str]],
     ) -> None:
-        self._sums, self._state, self._model = sums, state, model
+        self._sums, self._answered, self._state, self._model = sums, answered, state, model
 
     def collect(self) -> Iterator[Metric]:
         labels = dict(zip(("model", "version"), self._model(), strict=True))
-        live = list(self._state())
         counted = {name: (TRITON[name], value) for name, value in self._sums.items()}
-        counted["inference_exec_count"] = ("batches", float(sum(one.batches for one in live)))
-        counted["inference_pending_request_count"] = ("requests waiting", float(sum(one.pending for one in live)))
+        counted["inference_exec_count"] = ("batches", float(sum(one.batches for one in self._answered.values())))
+        pending = sum(one.pending for one in self._state())
+        counted["inference_pending_request_count"] = ("requests waiting", float(pending))
         for name, (meaning, value) in counted.items():
             metric = Metric(f"nv_{name}", f"Triton's name: {meaning}", "unknown")
             metric.add_sample(metric.name, labels, value)

@@ -267,8 +267,6 @@ class Service:
                 str(s.state),
                 s.spec.engine.name,
                 s.pending,
-                s.batches,
-                s.spent_s,
                 s.checked.host_loops,
                 s.checked.state_bytes,
             )

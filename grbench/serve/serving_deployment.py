@@ -65,7 +65,9 @@ async def bring_up(
         say(f"strategy {what}", strategy=strategy.name, state=str(strategy.state), why=strategy.why)
 
     strategies = [
-        Strategy(s.name, specs[s.name], s.serves, trace, retrieval, config.time_limit_s, changed)
+        Strategy(
+            s.name, specs[s.name], s.serves, trace, retrieval, config.time_limit_s, metrics.answered[s.name], changed
+        )
         for s, retrieval in zip(deployment.strategies, retrievals, strict=True)
     ]
     controller = Controller(deployment, strategies, metrics, config.max_queue)

@@ -27,6 +27,7 @@ from grbench.serve.blame import Mixed, device_is_lost
 from grbench.serve.checked import CheckedEngine
 from grbench.serve.costs import Costs, Kind
 from grbench.serve.held import Done, FailedError, Held, next_batch, outside
+from grbench.serve.metrics import PARTS, Answered
 from grbench.serve.recovery import Recovery
 from grbench.serve.requests import Reply
 from grbench.workloads.trace import Trace
@@ -47,7 +48,7 @@ class State(StrEnum):
 
 
 class Strategy:
-    """A strategy. on_change: called after its state has changed, with what happened."""
+    """A strategy. answered: counts its batches. on_change: called after its state has changed, with what happened."""
 
     def __init__(
         self,
@@ -57,6 +58,7 @@ class Strategy:
         trace: Trace,
         retrieval: Retrieval | None,
         time_limit_s: float,
+        answered: Answered,
         on_change: Callable[[Strategy, str], None],
     ) -> None:
         self.name, self.spec, self.serves = name, spec, serves
@@ -64,8 +66,7 @@ class Strategy:
         self.checked = CheckedEngine(spec, trace, retrieval)
         self.costs = Costs(0.0, {Kind(0): 0.0})
         self.waiting_s = 0.0  # what the requests that it holds add to batches
-        self.batches = 0
-        self.spent_s = dict.fromkeys(("flight", "behind", "pack", "load", "compute"), 0.0)  # of all batches together
+        self.answered = answered
         self.measured = 0.0  # when costs were measured last, time.perf_counter
         self.generation = 0  # of the batcher; messages of an earlier one are late
         self._time_limit_s, self._on_change = time_limit_s, on_change
@@ -211,7 +212,7 @@ class Strategy:
             one.fail(outside(error))
 
     def _deliver(self, tickets: list[Ticket], result: Any, rows: batches.Rows, engine_ms: float | None) -> None:
-        self.batches += 1
+        self.answered.batches += 1
         ended = [self._release(ticket) for ticket in tickets]
         try:
             self._hand_out(tickets, ended, result, rows, engine_ms)
@@ -257,8 +258,8 @@ class Strategy:
         self.costs.observe(kinds, (batch + transfer + compute) / 1e3)
         if result.compute_ms:  # else it is a step of continuous batching, whose rows are of requests
             flight = latency - queued + result.wait_ms  # the row counts the wait behind another batch as queued
-            for part, ms in zip(self.spent_s, (flight, result.wait_ms, batch, transfer, compute), strict=True):
-                self.spent_s[part] += ms / 1e3
+            for part, ms in zip(PARTS, (flight, result.wait_ms, batch, transfer, compute), strict=True):
+                self.answered.spent_s[part] += ms / 1e3
 
     def _suspect(self, ticket: Ticket, one: Held, error: Exception) -> None:
         """Find out whether a request or the engine is to blame, by a request that is known to be good."""

@@ -521,6 +521,13 @@ def test_a_port_that_is_taken_is_named(grbench_here: Grbench) -> None:
     assert done.returncode == 2 and "Address already in use; give another serve.port" in done.stderr
 
 
+def counters(server: Serving) -> dict[str, float]:
+    """The values of what may only rise: metrics with the names of counters and of Triton's counts and sums."""
+    _, text, _ = server.call("/metrics")
+    found = re.findall(r"^(\w+(?:_total|_count|_sum|_us)(?:{[^}]*})?) (\S+)$", text, re.MULTILINE)
+    return {name: float(value) for name, value in found if "pending" not in name}
+
+
 def test_signals_reload_and_end_it(tmp_path: Path) -> None:
     """SIGHUP reads the deployment again, SIGTERM ends it with 0; a request before, between and after is answered."""
     overrides = "".join(f"  - {word}\n" for word in [*TINY, "engine=hstu"])
@@ -544,7 +551,11 @@ def test_signals_reload_and_end_it(tmp_path: Path) -> None:
         assert server.call("/v2/models/hstu_tiny/infer", {"inputs": base()})[1]["parameters"]["strategy"] == "old"
         file.write_text(text.replace("NAME", "new"))
         os.kill(process.pid, signal.SIGHUP)
+        counted = counters(server)
         until("reloaded")
+        now = counters(server)
+        assert counted['grbench_batches_total{strategy="old"}'] == 1
+        assert not {name: value for name, value in counted.items() if now.get(name, 0.0) < value}
         assert server.call("/v2/models/hstu_tiny/infer", {"inputs": base()})[1]["parameters"]["strategy"] == "new"
         file.write_text("version: 3\ntask: rank\n")
         status, answer, _ = server.call("/reload", b"")

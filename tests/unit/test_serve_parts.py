@@ -37,7 +37,7 @@ from grbench.serve.errors import RefusedError
 from grbench.serve.exchange import ClientLeftError, HttpRequest, HttpResponse, Target
 from grbench.serve.http import Api
 from grbench.serve.logs import Log
-from grbench.serve.metrics import Metrics, StrategyFigures
+from grbench.serve.metrics import Answered, Metrics, StrategyFigures
 from grbench.serve.options import parse
 from grbench.serve.protocol import DTYPES, INLINE, number_of, parse_call, shape_of, tensor_of_bytes, tensor_of_list
 from grbench.serve.requests import INPUTS, Bounds, decode, events_of
@@ -196,12 +196,12 @@ def test_a_log_that_cannot_be_written_fails_nothing() -> None:
 
 def test_metrics_have_the_names_of_triton_and_outcomes() -> None:
     metrics = Metrics(None)
-    spent = {"flight": 0.5, "compute": 0.25}
     live = [
-        StrategyFigures("a", "ready", "hstu", 2, 5, spent, "C"),
-        StrategyFigures("b", "ready", "hstu", 1, 1, {}, "NumPy: a: b"),
+        StrategyFigures("a", "ready", "hstu", 2, "C"),
+        StrategyFigures("b", "ready", "hstu", 1, "NumPy: a: b"),
     ]
-    live.append(StrategyFigures("c", "ready", "vllm", 0, 0, {}))
+    live.append(StrategyFigures("c", "ready", "vllm", 0))
+    metrics.answered.update(a=Answered(5, {"flight": 0.5, "compute": 0.25}), b=Answered(1))
     metrics.watch(lambda: live, lambda: 0, lambda: ("m", "1"))
     metrics.ended(200, "b,a,b", 0.5, 0.25)
     metrics.ended(429, "", 0.001, 0.0)
@@ -627,7 +627,7 @@ def test_costs_follow_what_batches_take() -> None:
 
 def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     metrics = Metrics(0.08)
-    metrics.watch(lambda: [StrategyFigures("a", "ready", "hstu", 0, 0, {})], lambda: 0, lambda: ("m", "1"))
+    metrics.watch(lambda: [StrategyFigures("a", "ready", "hstu", 0)], lambda: 0, lambda: ("m", "1"))
     known = {family.name for family in metrics.registry.collect()}
     dashboard = json.loads((ROOT / "deployment" / "grafana" / "dashboard.json").read_text())
     asked = set(re.findall(r"grbench_\w+", str([t["expr"] for p in dashboard["panels"] for t in p["targets"]])))

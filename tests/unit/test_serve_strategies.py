@@ -25,7 +25,7 @@ from grbench.serve.errors import RefusedError
 from grbench.serve.held import FailedError
 from grbench.serve.live_gate import LiveGate
 from grbench.serve.logs import Log
-from grbench.serve.metrics import Metrics
+from grbench.serve.metrics import Answered, Metrics
 from grbench.serve.options import deployment_of, parse
 from grbench.serve.requests import Bounds
 from grbench.serve.service import Service
@@ -102,7 +102,7 @@ def made(engine: Any, name: str = "one", serves: Serves | None = None, limit_s: 
     scenario = SimpleNamespace(order="fifo", max_batch=4, max_wait_ms=0.0, in_flight=1)
     spec: Any = SimpleNamespace(task="rank", seed=0, scenario=scenario, cache=SimpleNamespace(name="none"))
     trace: Any = SimpleNamespace(requests=[request(GOOD, i) for i in range(2)])
-    one = Strategy(name, spec, serves or Serves(), trace, None, limit_s, lambda strategy, what: None)
+    one = Strategy(name, spec, serves or Serves(), trace, None, limit_s, Answered(), lambda strategy, what: None)
     if isinstance(engine, Continuous):
         spec.task, form = "step", Form(tasks=None, k=1, num_items=10)
     else:
