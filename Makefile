@@ -27,7 +27,7 @@ TESTS = nice -n 19 $(PY) -m mypy & types=$$!; \
 	wait $$types; types=$$?; \
 	case $$types$$beside$$alone in 000|005|050) ;; *) exit 1;; esac
 
-.PHONY: bench test test-all test-gpu fuzz cases lint typecheck regress serve up down ui notebook reports docs help clean setup
+.PHONY: bench test test-all test-gpu fuzz cases lint typecheck regress serve up down compose ui notebook reports docs help clean setup
 
 bench: $(VENV)/.ready ## retrieve and rank for MovieLens-100K users on this machine
 	$(PY) -m grbench study=$(STUDY) $(ARGS)
@@ -68,13 +68,16 @@ serve: $(VENV)/.ready ## a server at http://127.0.0.1:8000; ARGS="engine=hstu ca
 
 COMPOSE := docker compose -f deployment/compose.yaml
 up: deployment/grbench_key ## the server in a container, with Prometheus, Grafana and MLflow
-	$(COMPOSE) up --build --detach --wait $(ARGS)
+	GRBENCH_KEY="$$(cat $<)" $(COMPOSE) up --build --detach --wait $(ARGS)
 
-down: ## end what `make up` started; MLflow's data stays
+down: compose ## end what `make up` started; MLflow's data stays
 	$(COMPOSE) down $(ARGS)
 
-deployment/grbench_key:
-	head -c 32 /dev/urandom | base64 > $@
+deployment/grbench_key: | compose
+	umask 077 && head -c 32 /dev/urandom | base64 > $@
+
+compose:
+	@docker compose version >/dev/null 2>&1 || { echo "docker compose does not run: install Docker with Compose v2"; exit 1; }
 
 ui: $(VENV)/.ready ## MLflow's pages at http://127.0.0.1:5000
 	$(PY) -m grbench ui $(ARGS)

@@ -648,11 +648,33 @@ def test_the_files_of_a_deployment_parse() -> None:
 
 def test_make_starts_and_ends_the_compose_file(tmp_path: Path) -> None:
     compose = "docker compose -f deployment/compose.yaml"
-    for target, line in (("up", f"{compose} up --build --detach --wait server"), ("down", f"{compose} down server")):
+    up = f'GRBENCH_KEY="$(cat deployment/grbench_key)" {compose} up --build --detach --wait server'
+    for target, line in (("up", up), ("down", f"{compose} down server")):
         words = ["make", "-n", "-f", str(ROOT / "Makefile"), target, "ARGS=server", "PYTHON=python3", "GPU=0"]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == line
         assert ("> deployment/grbench_key" in done.stdout) == (target == "up")
+
+
+@pytest.mark.parametrize("docker", [None, "exit 1", 'echo "$@ $GRBENCH_KEY" >> asked'])
+def test_make_up_needs_compose_before_it_writes_a_key(tmp_path: Path, docker: str | None) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("sh", "head", "base64", "cat"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name) or name)
+    if docker is not None:
+        (tmp_path / "bin" / "docker").write_text(f"#!/bin/sh\n{docker}\n")
+        (tmp_path / "bin" / "docker").chmod(0o755)
+    (tmp_path / "deployment").mkdir()
+    words = [shutil.which("make") or "make", "-s", "-f", str(ROOT / "Makefile"), "up", "PYTHON=python3", "GPU=0"]
+    env = os.environ | {"PATH": str(tmp_path / "bin")}
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+    key = tmp_path / "deployment" / "grbench_key"
+    if not docker or docker.startswith("exit"):
+        assert done.returncode and not key.exists()
+        assert done.stdout == "docker compose does not run: install Docker with Compose v2\n"
+    else:
+        assert done.returncode == 0 and key.stat().st_mode & 0o777 == 0o600
+        assert (tmp_path / "asked").read_text().endswith(f"up --build --detach --wait {key.read_text()}")
 
 
 HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
