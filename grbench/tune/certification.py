@@ -111,6 +111,10 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
             return Certificate(trial, step, outcomes, found, [*failures, *([missing] if missing else [])])
         trial.refuted = f"{rates.rate_of(step):.4g} requests/s {why}"
         failures.append(f"{trial.configuration.name} at {trial.refuted}")
+        static = [limit for limit in goal.limits if limit.static]
+        if found.ok and judge(static, found)[0] is not Verdict.KEPT:  # no other rate proves it either
+            tries[id(trial)] = None
+            continue
         fall = STEPS
         if not found.ok or judge(goal.limits, found)[0] is not Verdict.LIKELY:
             beyond = True

@@ -453,6 +453,24 @@ def test_a_limit_that_runs_do_not_share_is_proven_by_each() -> None:
     assert "runs together: queue_ms.p90 10" in search.uncertified
 
 
+def test_a_loss_that_is_not_proven_ends_the_tries_of_a_configuration() -> None:
+    """No lower rate narrows the interval of a loss."""
+    evaluator = Capacities(dict.fromkeys(ALL[:1], 100.0))
+    usual = evaluator.outcome
+
+    def uncertain(configuration: Configuration, probe: Probe) -> Outcome:
+        found = usual(configuration, probe)
+        return dataclasses.replace(found, intervals={**found.intervals, "quality/auc_loss": [-0.01, 0.01]})
+
+    evaluator.outcome = uncertain  # type: ignore[method-assign]
+    search = Knowledge(Goal("throughput", (P99, limits.parse("quality.auc_loss", "0.1%"))), BATCHING)
+    Search(search, ALL[:1], evaluator, Listed(ALL[:1])).run()
+    before = len(evaluator.probes)
+    assert search.ranking() and certify(search, evaluator) is None
+    assert len({probe.rate for _, probe in evaluator.probes[before:]}) == 1
+    assert "quality.auc_loss 0% [-1%, 1%] is likely" in search.uncertified
+
+
 def test_a_run_beyond_the_limit_fails_the_rate() -> None:
     evaluator = Capacities(CAPACITY)
     search = searched(evaluator)
