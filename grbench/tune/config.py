@@ -152,7 +152,7 @@ def declare(words: Sequence[str], config_dir: str | None = None) -> Declared:
         own.append("space=typed" if study else f"space={task}_{'gpu' if gpu else 'cpu'}")
     [job] = plan_jobs("tune", to_config, own, config_dir=config_dir)[1]
     config: TuneConfig = job.config
-    asked = limits.parse_all([*limits.flatten(config.limits), *bounds])
+    asked = limits.parse_all([*limits.flatten(config.limits), *bounds], task)
     space = _axes(config.space, asked)
     every = {key: values for key, values in space.items() if key not in typed and not _settled(key, typed)}
     goal = _goal(config, asked, typed)

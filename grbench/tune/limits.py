@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 
 from grbench.config.schema import ConfigError, no_such_key
 from grbench.execution.stats import PERCENTILES
+from grbench.quality.lists import NEW
+from grbench.quality.metrics import CUTOFFS
 from grbench.tune.outcome import Outcome
 from grkernels.nearest import nearest
 
@@ -21,8 +24,10 @@ KEYS = {  # of limits that are typed most
     *(f"{group}.p{percent:g}" for group in LATENCIES for percent in PERCENTILES),
     *("quality.auc_loss", "gpu_memory_mib.reserved", "host_memory_mib.peak", *SINGLE),
 }
+LARGER = re.compile(r"(g?auc|accuracy|(hr|ndcg|mrr)\d+(_new)?)")  # figures of quality of which more is better
 # Metrics whose limit is the least allowed value. Of all others it is the largest.
-FLOORS = re.compile(r"throughput|goodput|cache/.*hit_rate|quality/(.*/)?(auc|hr|ndcg|recall|mrr)\d*$")
+FLOORS = re.compile(rf"throughput|goodput|cache/.*hit_rate|quality/(.*/)?{LARGER.pattern}$")
+SHARE = re.compile(r"quality/(.*/)?(?!ne(_|$))")  # from 0 to 1: every figure of quality, and its loss, but entropies
 # Metrics that do not depend on the load: an offline probe answers for them.
 STATIC = re.compile(r"quality/|engine_start_s|gpu_memory_mib/|host_memory_mib/")
 PERCENTILE = re.compile(r"(\w+_ms)/p([\d.]+)$")
@@ -158,20 +163,41 @@ def parse(key: str, value: str) -> Limit:
         bound = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         raise ConfigError(f"{key}={value}: a limit is a number or a share such as 0.1%") from None
+    if not math.isfinite(bound):
+        raise ConfigError(f"{key}={value}: a limit is a finite number or a share such as 0.1%")
+    if bound > 1 and SHARE.match(metric):
+        raise ConfigError(f"{key}={value}: it is a share of at most 1; allowed are such as 0.7, or 0.1% for a loss")
     if bound < 0 or ((bound == 0 and metric.endswith(("_ms", "_mib", "_rps"))) or (percentile and bound <= 0)):
         raise ConfigError(f"{key}={value}: nothing keeps it; allowed is a number above 0")
     return Limit(metric, bound)
 
 
-def parse_all(words: Sequence[tuple[str, str]]) -> tuple[Limit, ...]:
-    """Return the limits of a command line. Raises ConfigError for two that contradict each other."""
+def parse_all(words: Sequence[tuple[str, str]], task: str) -> tuple[Limit, ...]:
+    """Return the limits of a command line. Raises ConfigError, also for two that contradict each other."""
     found: dict[str, Limit] = {}
     for key, value in words:
         limit = parse(key, value)
+        _refuse_another_tasks_figure(f"{key}={value}", limit.metric, task)
         if (other := found.get(limit.metric)) and other.bound != limit.bound:
             raise ConfigError(f"{key}: two limits, {other.bound:g} and {limit.bound:g}; give one")
         found[limit.metric] = limit
     return tuple(found.values())
+
+
+def _refuse_another_tasks_figure(word: str, metric: str, task: str) -> None:
+    """Raise ConfigError for a limit on a figure of quality that no record of this task has."""
+    if not metric.startswith("quality/"):
+        return
+    _, *above, name = metric.split("/")
+    if task != "rank":
+        figures = [f"{kind}{k}{end}" for kind in ("hr", "ndcg", "mrr") for k in CUTOFFS for end in ("", NEW)]
+    else:  # the mean over tasks, or behind the name of one
+        figures = ["auc", "ne", *(("gauc", "accuracy") if above else ())]
+    known = [*figures, *(f"{figure}_loss" for figure in figures)]
+    if name not in known:
+        raise ConfigError(
+            f"{word}: task={task} has no such figure of quality; {nearest(name, known)}allowed: {', '.join(known)}"
+        )
 
 
 def flatten(tree: Mapping[str, Any], path: str = "") -> list[tuple[str, str]]:

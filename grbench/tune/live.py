@@ -26,6 +26,7 @@ from grbench.execution.session import CellSession
 from grbench.report.work import EMULATED, emulated
 from grbench.tune.certification import MOST
 from grbench.tune.config import RATES, Declared
+from grbench.tune.limits import LARGER
 from grbench.tune.outcome import UNJUDGED, BudgetSpentError, Configuration, Outcome, Probe, Wanted
 from grbench.tune.probes import OFFLINE
 from grbench.tune.starts import FIRST_S, Starts
@@ -42,7 +43,6 @@ FIRST_SHARE, FIRST_SHORTEST_S = 0.2, 45.0
 GRACE = 0.05
 KNOWN_FAILURES = (Status.OOM, Status.INCORRECT, Status.UNAVAILABLE, Status.STOPPED)  # as good as a measurement
 PROBED_ANSWERS = 32  # of a probe that are compared with the reference; a run that certifies compares gate.measured
-LARGER = re.compile(r"(auc|accuracy|hr|ndcg|recall|mrr)\d*")  # figures of quality of which more is better
 LOSSY = "[fp16,bf16,int8,fp8]"
 STARTED = "step_s/start"  # metric of a cell that built its engine
 Engine = tuple[Configuration, int]  # what probes of one engine have in common: configuration and seed

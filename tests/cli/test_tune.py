@@ -34,6 +34,16 @@ TINY = (
         (["latency_ms.p99=0"], "latency_ms.p99=0: nothing keeps it"),
         (["latency_ms.p99=80", "limits.latency_ms.p99=3"], "two limits, 80 and 3; give one"),
         (["quality.auc_loss=0.1%"], "quality is known only with trained weights and labels; give model.weights=FILE"),
+        *(
+            ([f"{key}={value}"], f"{key}={value}: a limit is a finite number")
+            for key in ("latency_ms.p99", "quality.auc_loss", "limits.cache/hit_rate", "throughput_rps")
+            for value in ("nan", "inf", "-nan%")
+        ),
+        (["quality.auc_los=0.1%"], "quality.auc_los=0.1%: task=rank has no such figure of quality; nearest: auc_loss;"),
+        (["quality.hr10_loss=1%"], "quality.hr10_loss=1%: task=rank has no such figure of quality; nearest: ne_loss;"),
+        (["task=generate", "quality.auc=0.7"], "task=generate has no such figure of quality; allowed: hr5, hr5_new"),
+        (["quality.auc=2"], "quality.auc=2: it is a share of at most 1"),
+        (["quality.rated/auc_loss=101%"], "quality.rated/auc_loss=101%: it is a share of at most 1"),
         (["objective=latency"], "it needs the load, rate=REQUESTS_A_SECOND"),
         (
             ["objective=latency", "rate=50", "throughput_rps=100"],
