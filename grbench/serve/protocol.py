@@ -67,6 +67,8 @@ class Call:
 
 def parse_call(body: bytes, header_length: str | None) -> Call:
     """Read the body of an HTTP request. header_length: the value of the header `HEADER_LENGTH`. Raises RefusedError."""
+    if not body:
+        raise invalid("body: empty; allowed is an object with the key inputs")
     end = len(body) if header_length is None else json_length(header_length)
     if not 0 < end <= len(body):
         raise invalid(f"{HEADER_LENGTH}={end}: the body has {len(body)} bytes; allowed is 1 to that")
@@ -153,7 +155,7 @@ def _tensors(inputs: list[Any], rest: memoryview) -> dict[str, Tensor]:
             tensors[name] = tensor_of_list(one.get("data"), dtype, shape, name)
             continue
         if type(size) is not int:
-            raise invalid(f"{name}.parameters.binary_data_size={shown(size)}: allowed is an integer")
+            raise invalid(f"{name}.parameters.binary_data_size={typed(size)}: allowed is an integer")
         if not 0 <= size <= len(rest):
             raise invalid(f"{name}.parameters.binary_data_size={shown(size)}: {len(rest)} bytes are left in the body")
         tensors[name], rest = tensor_of_bytes(rest[:size], dtype, shape, name), rest[size:]
@@ -304,7 +306,7 @@ def number_of(parameters: Mapping[str, Any], name: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MOST_TIME:
-        raise invalid(f"parameters.{name}={shown(value)}: allowed is a number > 0 and <= {MOST_TIME:g}")
+        raise invalid(f"parameters.{name}={typed(value)}: allowed is a number > 0 and <= {MOST_TIME:g}")
     return float(value)
 
 
@@ -337,7 +339,7 @@ def json_length(value: str) -> int:
 def _flag(parameters: Mapping[str, Any], name: str, default: bool, key: str) -> bool:
     value = parameters.get(name, default)
     if type(value) is not bool:
-        raise invalid(f"{key}.{name}={shown(value)}: allowed are true and false")
+        raise invalid(f"{key}.{name}={typed(value)}: allowed are true and false")
     return value
 
 
@@ -346,6 +348,11 @@ def shown(value: Any) -> str:
     if not isinstance(value, str | int | float):
         return type(value).__name__
     return " ".join(str(value)[:60].split())
+
+
+def typed(value: Any) -> str:
+    """Return a value of a parameter for an error, as `shown`: a string has its quotes, which make it one."""
+    return f'"{shown(value)}"' if isinstance(value, str) else shown(value)
 
 
 def unknown_model(name: str, known: str) -> RefusedError:

@@ -27,6 +27,7 @@ from grbench.serve.protocol import (
     Tensor,
     check_parameters,
     number_of,
+    typed,
     unknown_model,
     wanted,
 )
@@ -327,5 +328,6 @@ def _parameters(answers: list[Answer]) -> dict[str, Any]:
 def _whole(parameters: Mapping[str, Any], name: str) -> int:
     value = parameters.get(name)
     if type(value) is not int or not 0 <= value < 1 << 62:
-        raise invalid(f"parameters.{name}={value}: allowed is an integer >= 0")
+        wrong = f"{name}: missing;" if value is None else f"{name}={typed(value)}:"
+        raise invalid(f"parameters.{wrong} allowed is an integer >= 0")
     return value

@@ -202,7 +202,9 @@ WRONG = [
     ({"inputs": [{"name": "USER_IDS", "shape": [1 << 39], "datatype": "INT64", "data": [1]}]}, 400, "1 numbers; shape"),
     ({"inputs": base(), "outputs": [{"name": "SCORES"}]}, 400, "outputs: SCORES: no such output; allowed are OUTPUT"),
     ({"inputs": base(), "parameters": {"deadline_ms": -1}}, 400, "parameters.deadline_ms=-1: allowed is a number > 0"),
-    ({"inputs": base(), "parameters": {"timeout": "x"}}, 400, "parameters.timeout=x: allowed is a number > 0"),
+    ({"inputs": base(), "parameters": {"timeout": "x"}}, 400, 'parameters.timeout="x": allowed is a number > 0'),
+    ({"inputs": base(), "parameters": {"deadline_ms": "5"}}, 400, 'parameters.deadline_ms="5": allowed is a number >'),
+    (b"", 400, "body: empty; allowed is an object with the key inputs"),
     ({"input": base()}, 400, "body.input: no such field; nearest: inputs; allowed are id, parameters, inputs, outputs"),
     ({"inputs": [{"name": "TOKENS", "shape": [1], "dtype": "INT64"}]}, 400, "TOKENS.dtype: no such field; nearest: da"),
     ({"inputs": base(), "outputs": [{"nam": "OUTPUT"}]}, 400, "outputs[0].nam: no such field; nearest: name; allowed"),
@@ -332,6 +334,19 @@ def test_appended_events_are_ranked_like_sent_ones(server: Serving, trace: Any) 
     assert status == 200
     assert answer["outputs"][0]["data"] == server.infer(tensors)[1]["outputs"][0]["data"]
     assert server.infer(known | rest | {"TOKENS": tokens, "STATE_VERSIONS": np.array([1])})[0] == 409
+
+
+@pytest.mark.parametrize(
+    "parameters, words",
+    [
+        ({"version": 0}, "parameters.user_id: missing; allowed is an integer >= 0"),
+        ({"user_id": "3", "version": 0}, 'parameters.user_id="3": allowed is an integer >= 0'),
+        ({"user_id": 3, "version": -1}, "parameters.version=-1: allowed is an integer >= 0"),
+    ],
+)
+def test_a_wrong_append_is_refused_in_one_line(server: Serving, parameters: dict[str, Any], words: str) -> None:
+    status, answer, _ = server.call("/v2/models/hstu_tiny/append", {"inputs": [], "parameters": parameters})
+    assert (status, answer["error"]) == (400, words)
 
 
 def test_metrics_have_the_names_of_the_field(server: Serving, trace: Any) -> None:

@@ -14,6 +14,8 @@ import torch
 from helpers.hstu_oracle import make_requests, scores
 from helpers.replays import Replays
 
+from grbench.execution.records import Status
+from grbench.execution.worker import classify
 from grengines import registry
 from grengines.api import Catalogue, Engine, RankResult, Request, Setup, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
@@ -258,6 +260,16 @@ def test_what_does_not_fit_the_cache_is_refused_before_anything_runs() -> None:
         engine(requests, cache=cache),
     ):
         pass
+
+
+def test_a_cache_without_room_on_the_device_is_named_in_the_error() -> None:
+    requests = visits(users=2, rounds=1, longest=60)[0]
+    with pytest.raises(RuntimeError) as caught, engine(requests, cache=PagedCacheConfig("lru", "lru", memory_gb=1e9)):
+        pass
+    status, why = classify(caught.value)
+    assert status is Status.OOM and why.startswith(
+        "memory ran out: cache.memory_gb=1e+09: no room for its pages, lower"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels themselves are tested below")

@@ -144,7 +144,7 @@ def test_numbers_keep_their_values_or_are_refused(kind: str, data: list[Any], fo
             {"outputs": [{"name": "O", "parameters": {"binary_data": 1}}]},
             "outputs[0].parameters.binary_data=1: allowed",
         ),
-        ({"parameters": {"binary_data_output": "no"}}, "parameters.binary_data_output=no: allowed are true and false"),
+        ({"parameters": {"binary_data_output": "no"}}, 'parameters.binary_data_output="no": allowed are'),
         ({"inputs": [{"name": "T", "shape": [1] * 9}]}, "T.shape: 9 dimensions; allowed are at most 8"),
         ({"inputs": [{"name": "T", "shape": [2**20] * 3}]}, "numbers"),
         (

@@ -517,9 +517,13 @@ def _merged(results: Sequence[RankResult], passes: Sequence[Sequence[int]]) -> R
 
 
 def _make_states(ranker: PagedModel, cache: PagedCacheConfig, longest: int, identity: Callable[[], str]) -> UserStates:
-    """Return an empty cache. Raises ValueError if the longest history does not fit."""
+    """Return an empty cache. Raises ValueError if the longest history does not fit, RuntimeError without memory."""
     model = ranker.config
-    pool = PagePool.within(int(cache.memory_gb * 1e9), **page_sizes(ranker, cache))
+    try:
+        pool = PagePool.within(int(cache.memory_gb * 1e9), **page_sizes(ranker, cache))
+    except RuntimeError as e:  # the error of a CPU's allocator has no class of its own
+        kind = torch.OutOfMemoryError if isinstance(e, torch.OutOfMemoryError) else RuntimeError
+        raise kind(f"cache.memory_gb={cache.memory_gb:g}: no room for its pages, lower it; {e}") from e
     if pool.pages_for(longest) > pool.pages:
         needed = pool.pages_for(longest) * pool.page_bytes / 1e9
         raise ValueError(
