@@ -114,7 +114,9 @@ def test_the_table_of_make_bench_has_the_hit_rate_beside_the_latency(grbench_for
     """A small run of what it runs, with the native engine instead of vLLM, which takes half a minute to start."""
     small = ["workload.max_requests=200", "scenario.queries=20", "warmup_batches=1", "gate.requests=2",
              "gate.measured=1", "gate.quality_requests=64", "engine@engine.retrieve=hstu", "tracking=none"]  # fmt: skip
-    made = subprocess.run(["make", "-n", "bench", "GPU=0"], cwd=ROOT, capture_output=True, text=True, check=True)
+    made = subprocess.run(
+        ["make", "-n", "--no-print-directory", "bench", "GPU=0"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     command = made.stdout.splitlines()[-1].partition(" -m grbench ")[2].split()
     assert command == ["study=first_run"]
     done = grbench_forked(*command, *small)

@@ -60,6 +60,8 @@ class Fork:
         self.pid = os.fork()
         if self.pid == 0:
             _become(work, output, errors, sorted(fds), dict(env))
+        while self.poll() is None and os.getpgid(self.pid) != self.pid:  # a signal to its group would miss it
+            time.sleep(0.001)
 
     def wait(self, timeout: float = 240) -> int:
         """Return the exit code, negative for a signal. Raises subprocess.TimeoutExpired."""
@@ -90,8 +92,8 @@ def _become(work: Callable[[], object], output: Path, errors: Path | None, fds: 
     """Be a process of its own: its session, files, signals and log. Never returns."""
     code = 1
     with contextlib.suppress(BaseException):
-        gc.freeze()  # collecting garbage would copy all memory of the test's process
         os.setsid()
+        gc.freeze()  # collecting garbage would copy all memory of the test's process
         adding = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         for fd, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, adding), (2, errors or output, adding)):
             os.dup2(os.open(path, flags, 0o600), fd)

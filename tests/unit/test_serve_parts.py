@@ -650,7 +650,17 @@ def test_make_starts_and_ends_the_compose_file(tmp_path: Path) -> None:
     compose = "docker compose -f deployment/compose.yaml"
     up = f'GRBENCH_KEY="$(cat deployment/grbench_key)" {compose} up --build --detach --wait server'
     for target, line in (("up", up), ("down", f"{compose} down server")):
-        words = ["make", "-n", "-f", str(ROOT / "Makefile"), target, "ARGS=server", "PYTHON=python3", "GPU=0"]
+        words = [
+            "make",
+            "-n",
+            "--no-print-directory",
+            "-f",
+            str(ROOT / "Makefile"),
+            target,
+            "ARGS=server",
+            "PYTHON=python3",
+            "GPU=0",
+        ]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == line
         assert ("> deployment/grbench_key" in done.stdout) == (target == "up")
@@ -665,7 +675,8 @@ def test_make_up_needs_compose_before_it_writes_a_key(tmp_path: Path, docker: st
         (tmp_path / "bin" / "docker").write_text(f"#!/bin/sh\n{docker}\n")
         (tmp_path / "bin" / "docker").chmod(0o755)
     (tmp_path / "deployment").mkdir()
-    words = [shutil.which("make") or "make", "-s", "-f", str(ROOT / "Makefile"), "up", "PYTHON=python3", "GPU=0"]
+    words = [shutil.which("make") or "make", "-s", "--no-print-directory", "-f", str(ROOT / "Makefile"), "up"]
+    words += ["PYTHON=python3", "GPU=0"]
     env = os.environ | {"PATH": str(tmp_path / "bin")}
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
     key = tmp_path / "deployment" / "grbench_key"
