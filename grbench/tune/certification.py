@@ -206,9 +206,8 @@ def _runs(
         outcome = evaluator.evaluate(trial.configuration, probe)
         verdict, limit = judge(goal.limits, outcome) if outcome.ok else (Verdict.BROKEN, None)
         progress(trial, probe, outcome, verdict)
-        if outcome.ok:
+        if verdict in HELD:  # beyond a limit a backlog makes all requests alike: lower rates are not so
             trial.certifying[attempt.step] = outcome
-        if verdict in HELD:
             return outcome, ""
         why = f"{limit.shown(outcome)} is {verdict}" if limit else f"{outcome.status}: {outcome.error}"
         return outcome, f"in the run with seed +{probe.seed}: {why}"

@@ -45,7 +45,7 @@ class Trial:
     predicted: int | None = None  # step that the simulated queue allows
     probes: dict[int, Outcome] = field(default_factory=dict)  # the last outcome at each step
     verdicts: dict[int, tuple[Verdict, Limit | None]] = field(default_factory=dict)
-    certifying: dict[int, Outcome] = field(default_factory=dict)  # the last run at each step that certifies
+    certifying: dict[int, Outcome] = field(default_factory=dict)  # of runs at each step that certify, if within limits
     measured: bool = False  # a probe of it has ended, however
     failed: str = ""  # why it is out at any load
     slow: str = ""  # the time limit, in words, that its offline probe ran past
