@@ -229,21 +229,24 @@ def _runs(
         unproven = next(((verdict, limit) for verdict, limit in verdicts if limit is not None), None)
         if unproven is None:
             return outcomes, found, ""
-        wanted = _further(goal, trial, attempt.step, outcomes, found)
-        if not wanted or evaluator.share(wanted) > evaluator.left() + ROUNDING:
+        further = (_further(goal, trial, attempt.step, outcomes, found, margin) for margin in (AGAIN, LEAST_MARGIN))
+        wanted = next((runs for runs in further if evaluator.share(runs) <= evaluator.left() + ROUNDING), [])
+        if not wanted:
             verdict, limit = unproven
             return outcomes, found, f"in {len(outcomes)} runs together: {limit.shown(found)} is {verdict}"
 
 
-def _further(goal: Goal, trial: Trial, step: int, outcomes: list[Outcome], found: Outcome) -> list[Wanted]:
+def _further(
+    goal: Goal, trial: Trial, step: int, outcomes: list[Outcome], found: Outcome, margin: float
+) -> list[Wanted]:
     """Return one more run, with the requests that an interval of all runs still needs; none after such a one.
 
-    An interval that is too wide asks for a lower rate. A rate that is given can't be lower, so as many requests as
-    until then follow.
+    margin: times the requests that all runs need. An interval that is too wide asks for a lower rate. A rate that is
+    given can't be lower, so as many requests as until then follow.
     """
     had = sum(round(outcome.metrics["samples"]) for outcome in outcomes)
     lacks = any(limit.metric.startswith(POOLED) and limit.metric not in found.intervals for limit in goal.limits)
-    more = AGAIN * requests_needed(goal.limits, trial, step) - had if lacks else had if goal.rate is not None else 0
+    more = margin * requests_needed(goal.limits, trial, step) - had if lacks else had if goal.rate is not None else 0
     if more <= 0 or len(outcomes) > goal.runs:
         return []
     requests = max(CERTIFIED, math.ceil(more / 1000) * 1000)
