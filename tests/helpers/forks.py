@@ -93,7 +93,9 @@ def _become(work: Callable[[], object], output: Path, errors: Path | None, fds: 
     code = 1
     with contextlib.suppress(BaseException):
         os.setsid()
-        gc.freeze()  # collecting garbage would copy all memory of the test's process
+        # Collecting what the tests left would copy all their memory, and end objects of threads that are not here.
+        gc.freeze()
+        gc.unfreeze = lambda: None  # a server's reload would collect it, too
         adding = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         for fd, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, adding), (2, errors or output, adding)):
             os.dup2(os.open(path, flags, 0o600), fd)
