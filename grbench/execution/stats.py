@@ -20,7 +20,7 @@ import numpy.typing as npt
 CONFIDENCE = 0.95
 SHORTEST_S = 1.0  # a rate or an energy over less time is mostly chance
 LEAST_BATCHES = 10  # for the interval of a rate
-LEAST_SPREAD = 0.02  # of a percentile from run to run, as a share: equal runs on an idle GPU differ by as much
+LEAST_SPREAD = 0.02  # of a percentile from run to run, as a share, where the runs themselves are nearer: assumed
 WAIT_ALIKE = "because requests near each other in time wait alike"  # in each note of a lack of independent samples
 WORTH = "_worth"  # ends the name of a metric: how many independent samples a percentile is worth
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
@@ -160,8 +160,8 @@ def percentile_of_runs(
     if len(runs) > 1 and min(*own, low) > 0:
         spread = max(float(np.log(own).std(ddof=1)), LEAST_SPREAD)
         reach = 1.96 * spread / math.sqrt(len(runs))
-        low *= math.exp(math.log(found / low) - math.hypot(math.log(found / low), reach))
-        high *= math.exp(math.hypot(math.log(high / found), reach) - math.log(high / found))
+        low = found * math.exp(-math.hypot(math.log(found / low), reach))
+        high = found * math.exp(math.hypot(math.log(high / found), reach))
     return found, worth, (low, high)
 
 
