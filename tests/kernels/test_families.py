@@ -176,33 +176,31 @@ def test_the_timed_inputs_have_the_options_of_the_model(family: str, options: di
     assert all(isinstance(ms, float) for ms in found.values()), found
 
 
-def test_an_engine_times_histories_that_its_model_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[Sizes]:
+    """Return the sizes that are timed, on a GPU without a measured order, where Triton is the faster."""
     monkeypatch.setattr(registry, "device_kind", lambda device: "cuda")
-    seen = []
+    seen: list[Sizes] = []
 
     def times(*asked: Any, known: bool) -> timing.Times:
         seen.append(asked[-1])
         return {"triton": 1.0, "torch": 2.0}
 
     monkeypatch.setattr(timing, "times", times)
+    return seen
+
+
+def test_an_engine_times_histories_that_its_model_takes(timed: list[Sizes]) -> None:
     for most in (40, 16385):
         made = kernels.choose({"layer_norm": "auto"}, HSTUConfig(max_positions=most), DEVICE, "fp32")
         assert made.variants == {"layer_norm": "triton"}
-    assert [sizes.events for sizes in seen] == [40, 2048]
+    assert [sizes.events for sizes in timed] == [40, 2048]
 
 
-def test_a_decoder_is_timed_at_its_own_heads_and_beams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "device_kind", lambda device: "cuda")
-    seen = []
-
-    def times(*asked: Any, known: bool) -> timing.Times:
-        seen.append(asked[-1])
-        return {"triton": 1.0, "torch": 2.0}
-
-    monkeypatch.setattr(timing, "times", times)
+def test_a_decoder_is_timed_at_its_own_heads_and_beams(timed: list[Sizes]) -> None:
     model = DecoderConfig(heads=8, kv_heads=4, head_dim=16, max_positions=32)
     kernels.choose({"beam_attention": "auto"}, model, DEVICE, "fp32", page=16, ranks=2, beams=5)
-    [sizes] = seen
+    [sizes] = timed
     inputs = {f: registry.bench(f).of_model(sizes, dtype=torch.float32, device=DEVICE) for f in ALONE}
     assert inputs["beam_attention"]["q"].shape == (8 * 5, 4, 16)
     assert inputs["beam_attention"]["k_pages"].shape[1:] == (16, 2, 16)
