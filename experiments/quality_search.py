@@ -36,6 +36,7 @@ LONG = f"{EVERY} training.epochs=150 training.validate_every=3 training.rate=2e-
 TIMED = "model.position_bias=true model.time_bias=129"
 RESEARCH = "model.variant=research training.temperature=0.05"
 BIG = "model.embedding_dim=256"
+MOST = "training.teacher_share=0.9"
 VARIED = "training.blanks=0.2 training.crop=0.5 training.average=0.99"
 
 
@@ -91,6 +92,23 @@ RECIPES = {
                 "training.epochs=40 model.embedding_dim=256 model.heads=4 model.qk_dim=64 model.v_dim=64",
             ),
             ("smooth", False, "training.epochs=40 training.smoothing=0.1 training.crop=0.5 training.blanks=0.1"),
+        )
+    },
+    **{
+        f"beauty-codes-{name}": Recipe("beauty", "ids", f"{CODES} {words}", "beauty-items-old-bias", teacher)
+        for name, teacher, words in (
+            ("untaught", False, "training.epochs=40"),
+            ("taught", True, "training.epochs=40"),
+            ("most", True, f"training.epochs=40 {MOST}"),
+            ("crop", True, f"training.epochs=40 {MOST} training.crop=1"),
+            ("soft", True, f"training.epochs=40 {MOST} training.crop=0.5 training.teacher_temperature=2"),
+            ("light", True, f"training.epochs=40 {MOST} training.crop=0.5 training.dropout=0.1"),
+            ("two", True, f"training.epochs=40 {MOST} retrieval.levels=2 retrieval.codes=512"),
+            (
+                "wide", True, f"training.epochs=40 {MOST} training.crop=0.5 model.embedding_dim=256 model.qk_dim=64 "
+                "model.v_dim=64",
+            ),
+            ("long", True, f"training.epochs=100 {MOST} training.crop=0.5"),
         )
     },
     **{
