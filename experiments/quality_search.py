@@ -25,6 +25,8 @@ from typing import Any
 import common
 import quality_gpu
 
+from grbench.execution.gpu import visible_gpus
+
 FIGURES = ("hr10", "ndcg10")
 START_S = 25.0  # from the start of a process to its first step, and from its test to its end
 LEAST_S = 45.0  # left for the steps of a training, without which it is not begun
@@ -210,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     ends = begun + 60 * args.minutes
     needed = {recipe.after for recipe in RECIPES.values()}
-    places = [str(gpu) for _ in range(args.parallel) for gpu in range(args.gpus)] or [""] * args.parallel
+    places = [gpu for _ in range(args.parallel) for gpu in visible_gpus()[: args.gpus]] or [""] * args.parallel
     running: dict[Future[dict[str, Any] | None], tuple[str, str]] = {}
     done: set[str] = set()
     with ThreadPoolExecutor(len(places)) as pool:
