@@ -39,6 +39,8 @@ TIMED = "model.position_bias=true model.time_bias=129"
 RESEARCH = "model.variant=research training.temperature=0.05"
 BIG = "model.embedding_dim=256"
 MOST = "training.teacher_share=0.9"
+BROAD = "model.embedding_dim=256 model.qk_dim=64 model.v_dim=64"
+TWO = "retrieval.levels=2 retrieval.codes=512"
 VARIED = "training.blanks=0.2 training.crop=0.5 training.average=0.99"
 
 
@@ -111,6 +113,17 @@ RECIPES = {
                 "model.v_dim=64",
             ),
             ("long", True, f"training.epochs=100 {MOST} training.crop=0.5"),
+            *(
+                (f"big-{name}", True, f"{MOST} {BROAD} training.patience=12 {words}")
+                for name, words in (
+                    ("light", "training.epochs=50 training.dropout=0.15"),
+                    ("two", f"training.epochs=50 {TWO}"),
+                    ("two-light", f"training.epochs=50 {TWO} training.dropout=0.15"),
+                    ("two-long", f"training.epochs=80 {TWO} training.dropout=0.2"),
+                    ("two-average", f"training.epochs=50 {TWO} training.dropout=0.2 training.average=0.998"),
+                    ("two-six", f"training.epochs=50 {TWO} training.dropout=0.2 model.layers=6"),
+                )
+            ),
         )
     },
     **{
