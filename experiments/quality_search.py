@@ -31,11 +31,12 @@ FIGURES = ("hr10", "ndcg10")
 START_S = 25.0  # from the start of a process to its first step, and from its test to its end
 LEAST_S = 45.0  # left for the steps of a training, without which it is not begun
 EVERY = "training.validation_users=0 training.patience=10"
-NEAR = "model.position_bias=true model.scaling_seqlen=10"
+BIAS = "model.position_bias=true"
+NEAR = f"{BIAS} model.scaling_seqlen=10"
 WIDE = f"{NEAR} model.embedding_dim=128 model.qk_dim=64 model.v_dim=64 training.epochs=30"
 CODES = "training.validation_users=3000 training.patience=8"
 LONG = f"{EVERY} training.epochs=150 training.validate_every=3 training.rate=2e-3"
-TIMED = "model.position_bias=true model.time_bias=129"
+TIMED = f"{BIAS} model.time_bias=129"
 RESEARCH = "model.variant=research training.temperature=0.05"
 BIG = "model.embedding_dim=256"
 MOST = "training.teacher_share=0.9"
@@ -58,7 +59,7 @@ class Recipe:
 RECIPES = {
     "beauty-items-wide": Recipe("beauty", "items", f"{EVERY} {WIDE}"),
     "beauty-items-old": Recipe("beauty", "items", EVERY),
-    "beauty-items-old-bias": Recipe("beauty", "items", f"{EVERY} model.position_bias=true"),
+    "beauty-items-old-bias": Recipe("beauty", "items", f"{EVERY} {BIAS}"),
     "beauty-items-near": Recipe("beauty", "items", f"{EVERY} {NEAR} training.epochs=40"),
     "beauty-items-short": Recipe(
         "beauty", "items", f"{EVERY} {NEAR} training.epochs=14 training.batch=128 training.dropout=0.2"
@@ -124,6 +125,11 @@ RECIPES = {
                     ("two-six", f"training.epochs=50 {TWO} training.dropout=0.2 model.layers=6"),
                 )
             ),
+            ("bias", False, f"training.epochs=40 {BIAS}"),
+            ("bias-taught", True, f"training.epochs=40 {MOST} {BIAS}"),
+            ("bias-crop", True, f"training.epochs=40 {MOST} training.crop=0.5 {BIAS}"),
+            ("bias-two", True, f"training.epochs=40 {MOST} training.crop=0.5 {TWO} {BIAS}"),
+            ("bias-wide", True, f"training.epochs=40 {MOST} training.crop=0.5 {BROAD} {BIAS}"),
         )
     },
     **{

@@ -458,7 +458,7 @@ REFUSED = [  # what the worker refused before: overrides, and the refusal
     ("engine=remote cache=lru", "cache=lru: engine remote has none; give the cache to the server"),
     ("engine=pipeline engine@engine.rank=onnxruntime cache=lru", "cache=lru: engine=onnxruntime computes whole"),
     ("engine=pipeline engine.retrieve.block_size=48", "engine.retrieve.block_size=48: must be a power of two"),
-    ("engine=hstu task=generate model.variant=research", "model.position_bias=true, model.time_bias=129: a search"),
+    ("engine=hstu task=generate model.variant=research", "model.time_bias=129: a search over 3 levels"),
     (
         "engine=hstu task=generate workload=synthetic retrieval.codes=2",
         "retrieval.levels=3 retrieval.codes=2: 3 levels",

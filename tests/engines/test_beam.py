@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from grengines.runtime.batch import Bucket
 from grengines.semantic.ids import SemanticIds
 from grengines.semantic.trie import Trie
 from grkernels import registry
+from grkernels.hstu_attention.extras import Extras
 from grkernels.operators import Operators
 from grkernels.registry import FAMILIES
 
@@ -26,9 +29,11 @@ CONFIG = HSTUConfig(
 )
 
 
-def model_of(seed: int = 1, dtype: torch.dtype = torch.float32, **changes: Any) -> HSTUGenerator:
+def model_of(
+    seed: int = 1, dtype: torch.dtype = torch.float32, sizes: Sequence[int] = SIZES, **changes: Any
+) -> HSTUGenerator:
     config = dataclasses.replace(CONFIG, **changes)
-    return HSTUGenerator.build(config, SIZES, Operators.eager(), seed=seed, device="cpu", dtype=dtype)
+    return HSTUGenerator.build(config, sizes, Operators.eager(), seed=seed, device="cpu", dtype=dtype)
 
 
 def pool_for(model: HSTUGenerator, pages: int = 60, page: int = 4) -> PagePool:
@@ -65,6 +70,52 @@ def test_beams_are_those_of_the_reference(width: int, items: int) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+@pytest.mark.parametrize(("sizes", "positions"), [(SIZES[:2], 30), (SIZES, 30), (SIZES, 2)])
+def test_biases_of_beams_are_those_of_whole_sequences(sizes: Sequence[int], positions: int, kernel: str) -> None:
+    """A table of 30 distances is shorter than the sequence of the longest prompt, one of 2 than a beam's codes."""
+    ids = catalogue(20, sizes=sizes)
+    model = model_of(seed=6, sizes=sizes, position_bias=True, max_positions=positions)
+    trie, prompts = Trie.of(ids).on("cpu"), prompts_of(ids, [5, 0, 9, 1, 25])
+    for width in (3, 20):
+        model.kernels = Operators.reference()
+        expected = beam.reference(model, trie, prompts, width=width, k=width)
+        model.kernels = Operators.of(dict.fromkeys(FAMILIES, kernel))
+        found = beam.search(model, trie, prompts, pool_for(model), width=width, k=width)
+        assert found.items.tolist() == expected.items.tolist()
+        np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_bias_that_is_missing_or_of_another_distance_is_noticed() -> None:
+    """Give attention the same table for every level, and leave out the biases of the own codes, or all of them."""
+    ids, model = catalogue(120), model_of(seed=7, position_bias=True)
+    trie, prompts = Trie.of(ids).on("cpu"), prompts_of(ids, [6, 3])
+
+    def scores() -> np.ndarray:
+        return beam.search(model, trie, prompts, pool_for(model), width=120, k=120).scores
+
+    expected, kernels, own_term = scores(), model.kernels, model.own_term
+    tables = [table for name, table in model.named_parameters() if name.endswith("position_bias")]
+    of_layers = itertools.cycle(tables)
+
+    def unshifted(*given: Any, extras: Extras, **options: Any) -> torch.Tensor:
+        whole = dataclasses.replace(extras, position_bias=next(of_layers))
+        return kernels.hstu_attention(*given, extras=whole, **options)
+
+    model.kernels = kernels.replace(hstu_attention=unshifted)
+    assert np.abs(scores() - expected).max() > 1e-3
+    model.kernels = kernels
+    model.own_term = lambda q, k, v, bias: own_term(q, k, v, 0.0)  # type: ignore[method-assign]
+    assert np.abs(scores() - expected).max() > 1e-3
+    model.own_term = own_term  # type: ignore[method-assign]
+    assert np.array_equal(scores(), expected)
+    for table in tables:
+        table.zero_()
+    assert np.abs(scores() - expected).max() > 1e-2
+
+
+@torch.inference_mode()
 def test_wide_enough_beams_rank_every_item_exactly() -> None:
     ids, model = catalogue(70), model_of(seed=2)
     trie = Trie.of(ids).on("cpu")
@@ -97,8 +148,11 @@ def test_neither_batch_nor_pages_change_the_answer() -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("kernel", ["torch", "triton"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_last_layer_of_a_prefill_computes_last_tokens_alone_and_keeps_every_key(kernel: str, padded: bool) -> None:
-    ids, model = catalogue(100), model_of(seed=5, layers=3)
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_last_layer_of_a_prefill_computes_last_tokens_alone_and_keeps_every_key(
+    kernel: str, padded: bool, biased: bool
+) -> None:
+    ids, model = catalogue(100), model_of(seed=5, layers=3, position_bias=biased)
     prompts = [model.prompt(p) for p in prompts_of(ids, [4, 0, 9])]
     tokens, calls, kernels = 12 + 1 + 27, list[tuple[int, int]](), Operators.of(dict.fromkeys(FAMILIES, kernel))
 
@@ -139,7 +193,7 @@ def test_own_codes_and_prompt_matter() -> None:
     expected = beam.reference(model, trie, prompts, width=30, k=30)
     swapped = beam.search(model, trie, prompts[::-1], pool_for(model), width=30, k=30)
     assert np.abs(swapped.scores - expected.scores).max() > 1e-3
-    model.own_term = lambda q, k, v: torch.zeros_like(v)  # type: ignore[method-assign]
+    model.own_term = lambda q, k, v, bias: torch.zeros_like(v)  # type: ignore[method-assign]
     blind = beam.search(model, trie, prompts, pool_for(model), width=30, k=30)
     assert np.abs(blind.scores - expected.scores).max() > 1e-3
 
@@ -169,12 +223,14 @@ def test_half_precision_finds_nearly_the_same() -> None:
 
 @pytest.mark.gpu
 @torch.inference_mode()
-@pytest.mark.parametrize("kernel", ["torch", "triton", "cutlass"])
-def test_on_a_gpu(kernel: str) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "biased"), [("torch", False), ("torch", True), ("triton", False), ("triton", True), ("cutlass", False)]
+)
+def test_on_a_gpu(kernel: str, biased: bool) -> None:
     """In half precision against the fp32 search: the best item or a near-tie of it, and nearly all of the ten best."""
     ids = catalogue(120)
     changes = {"embedding_dim": 64, "qk_dim": 32, "v_dim": 32, "max_positions": 3000, "scaling_seqlen": 512}
-    config = dataclasses.replace(CONFIG, **changes)
+    config = dataclasses.replace(CONFIG, position_bias=biased, **changes)
     having = {family: kernel if kernel in registry.variants(family) else "torch" for family in FAMILIES}
     kernels = Operators.of(having)
     half = HSTUGenerator.build(config, SIZES, kernels, seed=6, device="cuda", dtype=torch.bfloat16)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from grbench import workloads
 from grbench.config.compose import compose_spec
@@ -21,7 +22,10 @@ from grbench.scenarios.config import ClosedLoopConfig, OfflineConfig, ServerConf
 from grbench.workloads.trace import Trace
 from grengines import registry
 from grengines.api import Finished, GenerateResult, Request, Retrieval, UnavailableError
+from grengines.models.hstu.generator import HSTUGenerator
+from grengines.models.hstu.weights import save_weights
 from grengines.numerics import IncorrectError
+from grkernels.operators import Operators
 
 SMALL = [
     "model=hstu_tiny",
@@ -102,6 +106,23 @@ def test_the_native_engine_finds_what_the_reference_finds(generating: tuple[RunS
     result = gate_for(spec, trace, retrieval, engine.actual()).check(engine, 4).to_dict()
     assert result["passed"] and result["overlap"] == 1.0 and result["near_ties"] == 0
     assert min(result["zero_attention_error"], result["stale_error"]) > 2 * result["tolerance"]
+
+
+def test_a_bias_by_the_distance_passes_and_one_that_is_missing_fails(tmp_path: Path) -> None:
+    spec, trace, retrieval = of(*GENERATE, "model.position_bias=true")
+    engine = engine_of(spec, trace, retrieval)
+    gate = gate_for(spec, trace, retrieval, engine.actual())
+    result = gate.check(engine, 4).to_dict()
+    assert result["passed"] and result["overlap"] == 1.0
+    own: dict[str, Any] = {"seed": spec.seed, "device": "cpu", "dtype": torch.float32}
+    model = HSTUGenerator.build(spec.model, retrieval.ids.sizes, Operators.eager(), **own)
+    for name, table in model.named_parameters():
+        if name.endswith("position_bias"):
+            table.zero_()
+    save_weights(model, tmp_path / "weights.safetensors", retrieval.ids)
+    without = dataclasses.replace(retrieval, weights=str(tmp_path / "weights.safetensors"))
+    with pytest.raises(IncorrectError):
+        gate.check(engine_of(spec, trace, without), 4)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -303,11 +324,14 @@ def test_a_failing_step_ends_the_scenario(tmp_path: Path, generating: tuple[Any,
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", ["false", "auto", "true"])
-@pytest.mark.parametrize(("kernel", "precision"), [("torch", "fp32"), ("triton", "bf16"), ("cutlass", "bf16")])
-def test_on_a_gpu(kernel: str, precision: str, graphs: str) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "precision", "biased"),
+    [("torch", "fp32", "false"), ("triton", "bf16", "false"), ("cutlass", "bf16", "false"), ("triton", "bf16", "true")],
+)
+def test_on_a_gpu(kernel: str, precision: str, biased: str, graphs: str) -> None:
     spec, trace, retrieval = of(
         *GENERATE, "engine.device=cuda", f"engine.precision={precision}", f"kernel={kernel}", "model.qk_dim=64",
-        "model.v_dim=64", f"engine.cuda_graphs={graphs}",
+        "model.v_dim=64", f"model.position_bias={biased}", f"engine.cuda_graphs={graphs}",
     )  # fmt: skip
     engine = engine_of(spec, trace, retrieval, max_batch=5)
     gate = gate_for(spec, trace, retrieval, engine.actual())

@@ -55,6 +55,7 @@ SMALL = [
     *("engine=hstu", "engine.tensor_parallel=2", "gate.measured=8"),
 ]
 CELLS = {"rank": [], "cache": ["cache=lru", "cache.memory_gb=0.02"], "generate": ["task=generate"]}
+CELLS["bias"] = [*CELLS["generate"], "model.position_bias=true"]
 DECODER = ["engine=vllm", "model=decoder_tiny", "model.kv_heads=2"]
 
 
@@ -153,7 +154,7 @@ def test_the_gate_passes(cell: str, precision: str, device: str, graphs: str) ->
     for _ in range(2):  # with a cache, the second time from pages
         result = gate.check(engine, 4).to_dict()
         assert result["passed"]
-    if cell == "generate" and precision == "fp32":
+    if cell in ("generate", "bias") and precision == "fp32":
         assert result["overlap"] == 1.0
     engine.close()
 

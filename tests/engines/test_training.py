@@ -32,7 +32,7 @@ from grbench.workloads.trace import build_trace, find_visits
 from grengines.api import Catalogue
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.decoder.model import Decoder
-from grengines.models.hstu import autograd
+from grengines.models.hstu import autograd, beam
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import HSTUGenerator, pack_prompts
 from grengines.models.hstu.model import HSTURanker, build_model
@@ -112,6 +112,28 @@ def test_the_forward_of_a_variant_is_that_of_the_model(choices: dict[str, Any]) 
     assert torch.allclose(logits, model.logits(found[0], 0), atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("levels", [2, 3])
+def test_training_scores_codes_as_a_search_does(levels: int) -> None:
+    """Each code after its prompt, with a bias of fewer distances than the longest sequence has."""
+    sizes, lengths = (4, 5, 6)[:levels], [2, 1, 5]
+    options = dataclasses.replace(TINY, position_bias=True, max_positions=5 * levels)
+    model = HSTUGenerator.build(options, sizes, Operators.reference(), seed=0, device=CPU, dtype=torch.float32)
+    rng = np.random.default_rng(0)
+    items = [np.stack([rng.integers(0, size, n + 1) for size in sizes], axis=1) for n in lengths]
+    tokens = torch.zeros(3, 6 * levels, dtype=torch.int64)
+    for row, codes in zip(tokens, items, strict=True):
+        row[: codes.size] = torch.from_numpy((codes + model.offsets[:-1]).reshape(-1))
+    hidden = autograd.generator_hidden(model, tokens)
+    pool = beam.pool_for(model, 5 * levels, 1)
+    for i, (codes, n) in enumerate(zip(items, lengths, strict=True)):
+        rows = autograd.generator_features(model, hidden[i, n * levels - 1 : (n + 1) * levels - 1])
+        logits = [row @ autograd.generator_table(model, level).T for level, row in enumerate(rows)]
+        logs = torch.stack([x.log_softmax(0)[code] for x, code in zip(logits, codes[-1], strict=True)])
+        found = beam.prefix_scores(model, tokens[i, : n * levels].numpy(), codes[-1:], pool)
+        assert np.allclose(found[0], logs.cumsum(0), atol=1e-5)
+
+
 @pytest.mark.parametrize("contextual, window, interaction", [(0, 0, False), (2, 0, True), (0, 3, False), (1, 4, True)])
 def test_the_forward_of_a_ranker_is_that_of_the_model(contextual: int, window: int, interaction: bool) -> None:
     events, workload = ring(), RecordedConfig("ring", num_candidates=6, max_history=8)
@@ -126,9 +148,10 @@ def test_the_forward_of_a_ranker_is_that_of_the_model(contextual: int, window: i
     assert torch.allclose(found, model(batch), atol=1e-5)
 
 
-@pytest.mark.parametrize("levels", [1, 2, 3])
-def test_the_loss_is_that_of_a_loop_over_codes(levels: int) -> None:
-    task = task_of(config(retrieval={"levels": levels, "codes": 0}))
+@pytest.mark.parametrize(("levels", "biased"), [(1, False), (2, False), (3, False), (3, True)])
+def test_the_loss_is_that_of_a_loop_over_codes(levels: int, biased: bool) -> None:
+    model = dataclasses.replace(TINY, position_bias=biased)
+    task = task_of(config(model=model, retrieval={"levels": levels, "codes": 0}))
     batch = next(task.batches(1))
     model, ids = task.model, task.ids
     assert ids.levels == levels

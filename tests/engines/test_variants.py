@@ -281,8 +281,10 @@ def test_to_generate_refuses_what_only_ranking_has(overrides: list[str], named: 
         assert done.returncode and done.stderr.startswith(f"grbench train: {words}")
 
 
-def test_levels_of_codes_need_grbenchs_own_attention() -> None:
-    with pytest.raises(ValueError, match=r"model.position_bias=true, model.time_bias=129.*retrieval.levels=1"):
+def test_levels_of_codes_have_no_bias_by_time() -> None:
+    with pytest.raises(
+        ValueError, match=r"^model.time_bias=129.*2 levels.*set model.time_bias=0, or retrieval.levels=1"
+    ):
         HSTUGenerator.build(
             HSTUConfig(variant="research"), [8, 8], Operators.eager(), seed=0, device="cpu", dtype=torch.float32
         )
@@ -296,6 +298,7 @@ def test_engines_without_the_options_refuse_and_name_the_one_that_has_them(engin
     assert why is not None and f"engine {engine} lacks it" in why and why.endswith("set engine=hstu for this model")
     assert all(option in why for option in differing(model.choices))
     assert registry.mismatch(engine, HSTUConfig()) is None
+    assert "model.position_bias=true: engine" in str(registry.mismatch(engine, HSTUConfig(position_bias=True)))
     assert registry.mismatch(engine, HSTUConfig(alpha=0.1)) is None  # every engine takes it
     assert registry.mismatch("hstu", model) is None
 

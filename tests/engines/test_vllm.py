@@ -113,7 +113,7 @@ class TestOneEngine:
     def test_a_blind_engine_fails(self, engine: VLLMEngine, expected: Beams, monkeypatch: pytest.MonkeyPatch) -> None:
         """Answers are wrong without the beams' own terms, without the prompt in pages, and with another prompt's."""
         model = engine.core.model
-        monkeypatch.setattr(model.generator, "own_term", lambda q, k, v: torch.zeros_like(v))
+        monkeypatch.setattr(model.generator, "own_term", lambda q, k, v, bias: torch.zeros_like(v))
         with pytest.raises(AssertionError):
             expect_equal(engine.generate(REQUESTS), expected)
         monkeypatch.undo()

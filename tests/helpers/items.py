@@ -1,8 +1,9 @@
-"""Items with semantic IDs of three small codes."""
+"""Items with semantic IDs of a few small codes."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from grengines.semantic.ids import SemanticIds
 SIZES = (4, 5, 6)
 
 
-def catalogue(items: int, seed: int = 0) -> SemanticIds:
+def catalogue(items: int, seed: int = 0, sizes: Sequence[int] = SIZES) -> SemanticIds:
     rng = np.random.default_rng(seed)
-    every = np.array(list(itertools.product(*map(range, SIZES))), dtype=np.int32)
-    return SemanticIds(every[rng.permutation(len(every))[:items]], SIZES)
+    every = np.array(list(itertools.product(*map(range, sizes))), dtype=np.int32)
+    return SemanticIds(every[rng.permutation(len(every))[:items]], sizes)

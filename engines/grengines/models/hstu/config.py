@@ -11,7 +11,7 @@ from typing import Any
 from grengines.models.hstu.variant import ATTENTION, DEFAULT, GATE, VARIANTS, Variant, differing
 from grengines.options import option
 
-BIASES = ("position_bias", "time_bias")  # of attention scores, which a search over levels of codes lacks
+BIASES = ("position_bias", "time_bias")  # of attention scores
 # The options that a generator reads. The others are of what ranking has beside the layers.
 SIZES = ("layers", "embedding_dim", "heads", "qk_dim", "v_dim", "alpha", "scaling_seqlen", "max_positions")
 READ = (*SIZES, *BIASES, "silu", "output", "output_bias", "group_norm", "eps", "final_norm", "head_eps", "item_norm")
@@ -178,11 +178,12 @@ def without_effect(config: HSTUConfig) -> str | None:
 
 def one_level_only(config: HSTUConfig, levels: int) -> str | None:
     """Return None, or why a search over this number of levels can't have the model's attention."""
-    if levels == 1 or not (biases := differing(config.choices, BIASES)):
+    bias = config.choices.time_bias
+    if levels == 1 or not bias:
         return None
     return (
-        f"{', '.join(biases)}: a search over {levels} levels of codes has grbench's own attention only; set "
-        "retrieval.levels=1"
+        f"model.time_bias={bias}: a search over {levels} levels of codes has the prompt's keys in pages, which have no "
+        "times; set model.time_bias=0, or retrieval.levels=1"
     )
 
 

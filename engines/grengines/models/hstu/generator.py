@@ -4,6 +4,9 @@ The prompt is the codes of the items of the history, level by level, oldest item
 2023, with HSTU layers). The codes of a search relate to each other as candidates do in ranking: each sees the prompt
 and itself. SiLU attention has no normaliser, so a beam's own earlier codes add one more term to its attention. The
 prompt's keys and values are therefore read once for all beams.
+
+A bias by the distance counts a beam's codes on from the prompt: that of level l is l further from each token of the
+prompt than that of level 0, and l - m from the beam's own code of level m.
 """
 
 from __future__ import annotations
@@ -20,10 +23,9 @@ from torch import Tensor, nn
 
 from grengines.api import Request, Retrieval
 from grengines.cache.pool import PagePool
-from grengines.models.hstu.config import BIASES, HSTUConfig, not_read, one_level_only
+from grengines.models.hstu.config import HSTUConfig, not_read, one_level_only
 from grengines.models.hstu.head import FinalNorm
 from grengines.models.hstu.model import HSTULayer, allocate, initialise
-from grengines.models.hstu.variant import differing
 from grengines.models.hstu.weights import load_weights
 from grengines.runtime import staging
 from grengines.runtime.batch import Bucket
@@ -165,8 +167,7 @@ class HSTUGenerator(nn.Module):
 
     def __init__(self, config: HSTUConfig, sizes: Sequence[int], kernels: Operators) -> None:
         super().__init__()
-        self.biases, self.timed = differing(config.choices, BIASES), config.choices.time_bias > 0
-        self.item_norm = config.choices.item_norm
+        self.timed, self.item_norm = config.choices.time_bias > 0, config.choices.item_norm
         if problem := one_level_only(config, len(sizes)):
             raise ValueError(problem)
         self.config, self.sizes, self.kernels = config, tuple(sizes), kernels
@@ -241,21 +242,18 @@ class HSTUGenerator(nn.Module):
                 u, q, k, v = layer.project(x, self.kernels)
             if pool is not None:
                 self.kernels.paged_write(k, v, prompts.slots, pool.k[i], pool.v[i])
-            more: dict[str, Any] = {}
-            if self.biases:
-                bias = layer.position_bias, layer.time_bias
-                more["extras"] = Extras(
-                    position_bias=bias[0], time_bias=bias[1], row_times=until, column_times=prompts.times
-                )
-            a = self._attend(q, k, v, offsets, None, longest, prompts.longest, kv_offsets=prompts.offsets, **more)
+            biased = _biased(layer, 0, until, prompts.times)
+            a = self._attend(q, k, v, offsets, None, longest, prompts.longest, kv_offsets=prompts.offsets, **biased)
             x = layer.combine(x, u, a, self.kernels)
         return x
 
     def last_layer(self, x: Tensor, prompts: PromptKeys, pages: Pages) -> Tensor:
         """Finish a prefill: return the output [B, E] of the last layer for each prompt's last token, its input x.
 
-        The layer's keys and values of the tokens before are in pages. A prompt of no tokens is room in a CUDA graph.
+        The layer's keys and values of the tokens before are in pages, without times: the model has no time bias. A
+        prompt of no tokens is room in a CUDA graph.
         """
+        assert not self.timed
         layer = self.layers[-1]
         assert isinstance(layer, HSTULayer)
         u, q, k, v = layer.project(x, self.kernels)
@@ -273,6 +271,7 @@ class HSTUGenerator(nn.Module):
             v_pages=pages.v[-1],
             page_table=prompts.page_table,
             paged_lengths=(prompts.lengths - 1).clamp(min=0),
+            **_biased(layer),
         )
         return layer.combine(x, u, a, self.kernels)
 
@@ -306,9 +305,10 @@ class HSTUGenerator(nn.Module):
                 v_pages=pages.v[i],
                 page_table=prompts.page_table,
                 paged_lengths=prompts.lengths,
+                **_biased(layer, level),
             )
-            for earlier in before:
-                a = a + self.own_term(q, *earlier[i])
+            for m, earlier in enumerate(before):
+                a = a + self.own_term(q, *earlier[i], _bias_at(layer, level - m))
             own.append((k.contiguous(), v.contiguous()))
             x = layer.combine(x, u, a, self.kernels)
         return x, own
@@ -324,9 +324,9 @@ class HSTUGenerator(nn.Module):
         """Return fp32 log-probabilities [rows, codes of the level] of vectors [rows, E]."""
         return torch.log_softmax(self.logits(x, level), dim=-1)
 
-    def own_term(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return the term of an earlier code in each beam's attention, SiLU(alpha q k) v / N, computed in fp32."""
-        score = (q.float() * k.float()).sum(-1, keepdim=True) * self.alpha
+    def own_term(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float) -> Tensor:
+        """Return the term of an earlier code in each beam's attention, SiLU(alpha q k + bias) v / N, in fp32."""
+        score = (q.float() * k.float()).sum(-1, keepdim=True) * self.alpha + bias
         return (F.silu(score) * v.float() / self.config.scaling_seqlen).to(v.dtype)
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -359,3 +359,27 @@ class HSTUGenerator(nn.Module):
             **keys,
         )
         return attended
+
+
+def _biased(
+    layer: HSTULayer, level: int = 0, row_times: Tensor | None = None, column_times: Tensor | None = None
+) -> dict[str, Any]:
+    """Return the option of attention that has a layer's biases, if it has any.
+
+    level: of a search's codes, or 0 for a prompt. Attention places the codes of a level together at the prompt's end,
+    that is at the distance of level 0. So the table of a further level is shifted, except for a code and itself.
+    """
+    table: Tensor | None = layer.position_bias
+    if table is None and layer.time_bias is None:
+        return {}
+    if table is not None and level:
+        table = torch.cat([table[:1], table[min(level + 1, len(table) - 1) :]])
+    return {
+        "extras": Extras(position_bias=table, time_bias=layer.time_bias, row_times=row_times, column_times=column_times)
+    }
+
+
+def _bias_at(layer: HSTULayer, distance: int) -> Tensor | float:
+    """Return the bias of a score at a distance, fp32 without dimensions, or 0 without a table."""
+    table = layer.position_bias
+    return 0.0 if table is None else table[min(distance, len(table) - 1)].float()
