@@ -4,9 +4,10 @@
 
 FOLDER has amazon_beauty.txt, amazon_sports.txt and amazon_toys.txt (lines of `user item item ...`) and ml-100k.inter;
 without the last one MovieLens-100K is downloaded. For each data set HSTU is trained to generate by item vectors, and
-then by semantic IDs that are made from those vectors; a Transformer like SASRec is trained by item vectors on Beauty
-and MovieLens-100K; and a ranker on MovieLens-100K, which has three seeds. The trainings are commands
-`grbench train` that share the GPU; each has its folder under --out, with its log. Nothing is downloaded otherwise.
+then by semantic IDs that are made from those vectors, on Amazon with the first model as teacher. A Transformer like
+SASRec is trained by item vectors on Beauty and MovieLens-100K; and a ranker on MovieLens-100K, which has three seeds.
+The trainings are commands `grbench train` that share the GPU; each has its folder under --out, with its log. Nothing is
+downloaded otherwise.
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ RANK = [
     "task=rank", "workload.max_history=128", "model.tasks=[rated,liked]", "training.batch=64", "training.rate=2e-3",
     "training.dropout=0.2", "training.epochs=20", "training.patience=5",
 ]  # fmt: skip
+TAUGHT = [  # by quality_search.py, with the generator by item vectors as teacher
+    "retrieval.levels=2", "retrieval.codes=512", "model.embedding_dim=256", "model.qk_dim=64", "model.v_dim=64",
+    "training.dropout=0.15", "training.epochs=50", "training.patience=12", "training.validation_users=3000",
+]  # fmt: skip
 KINDS = ("items", "ids", "sasrec", "rank")
 FIGURES = ("hr5", "hr10", "ndcg5", "ndcg10", "hr10_new", "ndcg10_new", "auc/rated", "auc/liked")
 MOVIES = ["training.batch=128", "training.dropout=0.3", "training.epochs=60", "training.validate_every=2"]
@@ -80,7 +85,8 @@ def chains(data: Path, seeds: int) -> Iterator[list[Training]]:
     """Yield the trainings of each data set and seed: item vectors, then semantic IDs from them."""
     for name in AMAZON:
         source = ["workload=csv", f"workload.path={data / f'amazon_{name}.txt'}", *COMMON]
-        yield [Training(name, "items", 0, [*source, *ITEMS, *CHOSEN]), Training(name, "ids", 0, [*source, *IDS])]
+        by_items = Training(name, "items", 0, [*source, *ITEMS, *CHOSEN])
+        yield [by_items, Training(name, "ids", 0, [*source, *IDS, *TAUGHT])]
         if name == "beauty":
             yield [Training(name, "sasrec", 0, [*source, *SASREC])]
     file = data / "ml-100k.inter"
@@ -107,6 +113,8 @@ def run(chain: list[Training], out: Path, extra: Sequence[str]) -> list[tuple[Tr
         vectors = out / f"{training.data}-items-{training.seed}" / "weights.safetensors"
         if training.kind == "ids" and vectors.is_file():
             words.append(f"training.item_vectors={vectors}")
+            if training.data in AMAZON:
+                words += [f"training.teacher={vectors}", "training.teacher_share=0.9"]
         begun = time.perf_counter()
         with (folder / "train.log").open("w") as log:
             code = subprocess.run([sys.executable, "-m", "grbench", "train", *words], stdout=log, stderr=log).returncode

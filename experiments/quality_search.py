@@ -160,6 +160,7 @@ def command(recipe: Recipe, data: Path, out: Path, folder: Path, minutes: float)
     """The words of a recipe's training, which ends within the minutes."""
     every = (training for chain in quality_gpu.chains(data, 1) for training in chain)
     base = next(t.words for t in every if (t.data, t.kind) == (recipe.data, recipe.kind))
+    base = [word for word in base if word not in quality_gpu.TAUGHT]  # what was chosen by these recipes
     words = [*base, *recipe.words.split(), f"training.minutes={minutes:.2f}", f"out={folder}", f"output_root={out}"]
     if recipe.after:
         weights = out / recipe.after / "weights.safetensors"
