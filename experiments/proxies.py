@@ -1,18 +1,22 @@
-"""Measure what a proxy before replicas adds to a call: HAProxy as `grbench serve` sets it up, and Ray Serve's.
+"""Measure what stands before replicas adds to a call: HAProxy as `grbench serve` sets it up, and the ways of Ray Serve.
 
     python experiments/proxies.py --rounds 2000       # needs: pip install 'ray[serve]'; apt-get install haproxy
 
-A call is a POST whose body comes back. `direct` asks uvicorn, `haproxy` asks it through HAProxy, and `ray serve` asks a
-deployment of Ray Serve through its HTTP proxy. Each has one connection, and they take turns, so that all have the same
-neighbours on a shared machine. `added_ms` is the difference of the medians to `direct`.
+A call has a body that comes back. `direct` asks uvicorn by HTTP, `haproxy` asks it through HAProxy, and `direct, grpc`
+asks a server of grpc.aio. A deployment of Ray Serve is asked through its HTTP proxy, through its gRPC proxy, at the
+ports of its replica (`direct ingress`), and by a handle of this process, which needs no proxy. Each has one connection,
+and they take turns, so that all have the same neighbours on a shared machine. `added_ms` is the difference of the
+medians to the direct way of the same protocol, for a handle to `direct`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import importlib
 import multiprocessing
+import os
 import socket
 import tempfile
 import time
@@ -21,17 +25,22 @@ from pathlib import Path
 from typing import Any
 
 import common
+import grpc
 import numpy as np
 import uvicorn
 from starlette.requests import Request
 from starlette.responses import Response
 
+from grbench.execution.records import one_line
 from grbench.serve.haproxy import Address, Proxy, configuration
 from grbench.serve.options import ServeConfig
+from grengines.api import UnavailableError
 
 QUIET = {"enable_access_log": False, "log_level": "ERROR"}  # of Ray Serve: a line a call would be its cost too
 WARM_UP = 100  # calls of each before the first that counts
 START_S = 60.0
+METHOD = "/ray.serve.UserDefinedService/Method1"  # of the service that Ray Serve brings along for tests
+SERVICE = "ray.serve.generated.serve_pb2_grpc.add_UserDefinedServiceServicer_to_server"
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
@@ -44,12 +53,38 @@ def run_echo(port: int) -> None:
     uvicorn.run(echo, host="127.0.0.1", port=port, log_level="warning", access_log=False, lifespan="off")
 
 
+def run_grpc(port: int) -> None:
+    """Serve METHOD, whose answer is the message, until the process is ended."""
+
+    async def same(message: bytes, _: Any) -> bytes:
+        return message
+
+    async def serve() -> None:
+        server = grpc.aio.server()
+        _, service, method = METHOD.split("/")
+        handlers = {method: grpc.unary_unary_rpc_method_handler(same)}
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handlers)])
+        server.add_insecure_port(f"127.0.0.1:{port}")
+        await server.start()
+        await server.wait_for_termination()
+
+    asyncio.run(serve())
+
+
 class Echo:
-    """Deployment of Ray Serve that does what `echo` does."""
+    """Deployment of Ray Serve that answers with what it gets, by each way."""
 
     async def __call__(self, request: Request) -> Response:
-        """Answer a request with its body."""
+        """Answer a request by HTTP."""
         return Response(await request.body())
+
+    async def Method1(self, message: Any) -> Any:  # noqa: N802 - the service has this name
+        """Answer a call by gRPC: `greeting` has the text of `name`."""
+        return importlib.import_module("ray.serve.generated.serve_pb2").UserDefinedResponse(greeting=message.name)
+
+    async def same(self, body: bytes) -> bytes:
+        """Answer a call by a handle."""
+        return body
 
 
 def free_ports(count: int) -> list[int]:
@@ -59,24 +94,58 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def caller(port: int, body: bytes) -> Callable[[], None]:
-    """Return a call over a connection of its own. It waits until the server answers. Raises TimeoutError."""
-    connection, end = http.client.HTTPConnection("127.0.0.1", port, timeout=START_S), time.monotonic() + START_S
+def http_caller(port: int, body: bytes) -> Callable[[], bytes]:
+    """Return a call over an HTTP connection of its own."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_S)
 
-    def call() -> None:
-        connection.request("POST", "/", body, {"x-user-id": "1"})
-        answer = connection.getresponse()
-        if (found := answer.read()) != body:
-            raise RuntimeError(f"port {port} answered {answer.status}: {found[:80]!r}")
+    def call() -> bytes:
+        try:
+            connection.request("POST", "/", body, {"x-user-id": "1"})
+            return connection.getresponse().read()
+        except (OSError, http.client.HTTPException):
+            connection.close()  # the next call opens it again
+            raise
+
+    return call
+
+
+def grpc_caller(port: int, body: bytes) -> Callable[[], bytes]:
+    """Return a call over a gRPC channel of its own, whose message has `body` as text in its first field."""
+    call = grpc.insecure_channel(f"127.0.0.1:{port}").unary_unary(METHOD)
+    message = _field(body)
+
+    def ask() -> bytes:
+        answer: bytes = call(message)
+        return body if answer == message else answer
+
+    return ask
+
+
+def _field(text: bytes) -> bytes:
+    """Return the protobuf message whose first field is this text."""
+    size, left = bytearray(), len(text)
+    while left > 127:
+        size.append(left & 127 | 128)
+        left >>= 7
+    return bytes([10, *size, left]) + text
+
+
+def started(name: str, call: Callable[[], bytes], body: bytes) -> Callable[[], bytes]:
+    """Return a call once it has the right answer, which each later one must have too. Raises UnavailableError."""
+    end = time.monotonic() + START_S
+
+    def checked() -> bytes:
+        if (found := call()) != body:
+            raise RuntimeError(f"answered {found[:80]!r}")
+        return found
 
     while True:
         try:
-            call()
-            return call
-        except (OSError, RuntimeError, http.client.HTTPException) as e:
-            connection.close()
+            checked()
+            return checked
+        except Exception as e:
             if time.monotonic() > end:
-                raise TimeoutError(f"port {port}: no right answer within {START_S:g} s: {e}") from None
+                raise UnavailableError(f"{name}: no right answer within {START_S:g} s: {one_line(e)}") from None
             time.sleep(0.1)
 
 
@@ -86,29 +155,54 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--kb", type=float, default=16.0, help="size of a body, 10^3 bytes (default: %(default)s)")
     args = parser.parse_args(words)
     rows = common.Rows(args, __file__, words)
+    direct, proxied, stats, direct_grpc, ray_http, ray_grpc, ingress, ingress_grpc = free_ports(8)
+    os.environ["RAY_SERVE_ENABLE_DIRECT_INGRESS"] = "1"  # the import reads this and the ports
+    for protocol, port in {"HTTP": ingress, "GRPC": ingress_grpc}.items():
+        os.environ[f"RAY_SERVE_DIRECT_INGRESS_MIN_{protocol}_PORT"] = str(port)
+        os.environ[f"RAY_SERVE_DIRECT_INGRESS_MAX_{protocol}_PORT"] = str(port + 1)
     ray, serve = (importlib.import_module(name) for name in ("ray", "ray.serve"))
-    direct, proxied, stats, ray_port = free_ports(4)
-    body = np.random.default_rng(0).bytes(int(args.kb * 1e3))
+    body = np.random.default_rng(0).bytes(int(args.kb * 1e3) // 2).hex().encode()  # gRPC's message takes text only
     with contextlib.ExitStack() as running:
-        server = multiprocessing.get_context("spawn").Process(target=run_echo, args=(direct,), daemon=True)
-        server.start()
-        running.callback(server.terminate)
+        for target, port in ((run_echo, direct), (run_grpc, direct_grpc)):
+            server = multiprocessing.get_context("spawn").Process(target=target, args=(port,), daemon=True)
+            server.start()
+            running.callback(server.terminate)
         config = ServeConfig(port=proxied, grpc_port=None, stats_port=stats)
         folder = running.enter_context(tempfile.TemporaryDirectory())
         text = configuration(config, [Address(1, "127.0.0.1", direct, None)])
         running.callback(Proxy(Path(folder, "haproxy.cfg"), text).close, 5.0)
         ray.init(include_dashboard=False, logging_level="ERROR")
         running.callback(ray.shutdown)
-        serve.start(http_options={"host": "127.0.0.1", "port": ray_port}, logging_config=QUIET)
-        serve.run(serve.deployment(Echo, logging_config=QUIET).bind(), route_prefix="/")
+        serve.start(
+            http_options={"host": "127.0.0.1", "port": ray_http},
+            grpc_options={"port": ray_grpc, "grpc_servicer_functions": [SERVICE]},
+            logging_config=QUIET,
+        )
+        handle = serve.run(serve.deployment(Echo, logging_config=QUIET).bind(), route_prefix="/")
         running.callback(serve.shutdown)
-        ports = {"direct": direct, "haproxy": proxied, "ray serve": ray_port}
-        cases = {name: caller(port, body) for name, port in ports.items()}
+        ways: dict[str, Callable[[], bytes]] = {
+            "direct": http_caller(direct, body),
+            "haproxy": http_caller(proxied, body),
+            "direct, grpc": grpc_caller(direct_grpc, body),
+            "ray serve, http": http_caller(ray_http, body),
+            "ray serve, grpc": grpc_caller(ray_grpc, body),
+            "ray serve, direct ingress": http_caller(ingress, body),
+            "ray serve, direct ingress, grpc": grpc_caller(ingress_grpc, body),
+            "ray serve, handle": lambda: handle.same.remote(body).result(),
+        }
+        cases = {}
+        for name, call in ways.items():
+            try:
+                cases[name] = started(name, call, body)
+            except UnavailableError as e:
+                rows.fail(e, way=name)
         common.interleaved(cases, WARM_UP)
         calls = common.interleaved(cases, args.rounds)
     found = {name: np.percentile([call.ms for call in each], [50, 99]) for name, each in calls.items()}
     for name, (p50, p99) in found.items():
-        rows.add(way=name, calls=args.rounds, p50_ms=p50, p99_ms=p99, added_ms=p50 - found["direct"][0])
+        base = found["direct, grpc" if name.endswith("grpc") else "direct"][0]
+        rows.add(way=name, calls=args.rounds, p50_ms=p50, p99_ms=p99, added_ms=p50 - base)
+    rows.note(f"Ray {ray.__version__}; load of the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     rows.close()
 
 
