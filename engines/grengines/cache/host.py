@@ -89,9 +89,9 @@ class _Source:
     """The places of the pages of a load."""
 
     load: Load
-    memory: Sequence[Tensor]  # of each layer: of the host, or of prefetched states
-    extents: list[Extent]  # of this memory
+    extents: list[Extent]  # of the host's memory, or of that of prefetched states
     there: list[Mark]  # until then they are on their way
+    near: bool = False  # they were prefetched
 
 
 @dataclass
@@ -127,6 +127,7 @@ class HostTier:
     _staged: dict[int, _Staged] = field(default_factory=dict)
     _last_read: Mark | None = None  # end of all copies to the device so far
     _last_write: Mark | None = None  # end of all copies from the device so far
+    _last_placed: Mark | None = None  # end of all reads of prefetched states so far
 
     def __post_init__(self) -> None:
         pool = self.pool
@@ -173,33 +174,37 @@ class HostTier:
         self._flat = [x.flatten(0, 1) for x in self._parts]
         self._down, self._up = side_stream(self.device), side_stream(self.device)
         self._placed = [Mark(self.device)] * AHEAD  # from here on the staging memory is free
-        self._ahead: list[Tensor] = []  # memory of prefetched states, of each layer
+        self._ahead: Tensor | None = None  # memory of prefetched states [layers, pages, words]
         self._ahead_pages = Extents(int(STAGED_SHARE * pool.pages))
         self._leaving: list[Extent] = []  # of it: what the last load reads
         self._last_load: Onload | None = None
         if self.prefetches:
             self._make_ahead()
 
-    def _make_ahead(self) -> None:
-        shape, word = (self._ahead_pages.available, self.layers[0].shape[1]), self.layers[0].dtype
+    def _make_ahead(self) -> Tensor:
+        shape = len(self.layers), self._ahead_pages.available, self.layers[0].shape[1]
         with torch.inference_mode(False):
-            self._ahead = [torch.empty(shape, dtype=word, device=self.device) for _ in self.layers]
+            self._ahead = torch.zeros(shape, dtype=self.layers[0].dtype, device=self.device)
         made = Mark(self.device)
         with self._up():
             made.wait()
+        return self._ahead
 
     def _warm_up(self) -> None:
         """Copy first pages to the host and back, few and many of them, so that all kernels are loaded."""
         n = 1
         while n <= min(WARM_PAGES, self.pages, self.pool.pages):
             there = self._copy_down(range(n), [(0, n)])
-            Onload(self, [_Source(Load(0, 0, range(n)), self.layers, [(0, n)], [there])]).all_layers()
+            Onload(self, [_Source(Load(0, 0, range(n)), [(0, n)], [there])]).all_layers()
+            if self._ahead is not None and n <= self._ahead.shape[1]:  # zeros, as the pages
+                Onload(self, [_Source(Load(0, 0, range(n)), [(0, n)], [], near=True)]).all_layers()
             n *= 2
 
     @property
     def device_bytes(self) -> int:
         """Return the bytes of the memory on the device that copies take."""
-        return sum(x.nbytes for x in (self._gathered, *self._staging, *self._ahead))
+        ahead = [] if self._ahead is None else [self._ahead]
+        return sum(x.nbytes for x in (self._gathered, *self._staging, *ahead))
 
     def close(self) -> None:
         """Unlock the memory; the tier can't be used any more."""
@@ -311,13 +316,13 @@ class HostTier:
 
     def _source(self, load: Load) -> _Source:
         if load.reading is not None:
-            return _Source(load, self.layers, load.reading.extents, [])
+            return _Source(load, load.reading.extents, [])
         state, staged, stop = self.states[load.user], self._staged.pop(load.user, None), load.first + len(load.pages)
         if staged is not None:
             self._leaving += staged.extents
-            return _Source(load, self._ahead, list(cut(staged.extents, load.first, stop)), [staged.there])
+            return _Source(load, list(cut(staged.extents, load.first, stop)), [staged.there], near=True)
         there = [state.written] if state.written is not None else []
-        return _Source(load, self.layers, list(cut(state.extents, load.first, stop)), there)
+        return _Source(load, list(cut(state.extents, load.first, stop)), there)
 
     def _free_left(self, given_up: bool) -> None:
         """Free the prefetched states that the last load read, if it has queued all its copies or was given up."""
@@ -332,13 +337,13 @@ class HostTier:
         pages = sum(n for _, n in state.extents)
         if user in self._staged or pages > self._ahead_pages.available:
             return False
-        if not self._ahead:
-            self._make_ahead()
+        memory = self._make_ahead() if self._ahead is None else self._ahead
         extents = self._ahead_pages.allocate(pages)
         with self._up():
-            if state.written is not None:
-                state.written.wait()
-            for ahead, host in zip(self._ahead, self.layers, strict=True):
+            for mark in (state.written, self._last_placed):
+                if mark is not None:
+                    mark.wait()
+            for ahead, host in zip(memory, self.layers, strict=True):
                 at = 0
                 for to, length in extents:
                     for begin, n in cut(state.extents, at, at + length):
@@ -381,26 +386,35 @@ class Onload:
 
     Call `layer(i)` before layer i writes or reads its pages, or `all_layers` before any does; both raise ReadError for
     pages of the storage tier that are not as they were written. A layer of more pages than the tier's memory on the way
-    goes in steps. bytes: of all states; host_bytes: of those that have to be copied from the host, storage_bytes: of
-    those that have to be read from the disk first.
+    goes in steps. Prefetched states go to their pages straight from where they are.
+
+    bytes: of all states; host_bytes: of those that have to be copied from the host, storage_bytes: of those that have
+    to be read from the disk first.
     """
 
     def __init__(self, tier: HostTier, sources: Sequence[_Source]) -> None:
-        self._tier, self._device, self._up, self._sources = tier, tier.device, tier._up, sources
-        one, pages = tier.pool.page_bytes, np.concatenate([np.array(s.load.pages, np.int64) for s in sources])
+        self._tier, self._device, self._up = tier, tier.device, tier._up
+        far = [source for source in sources if not source.near]
+        near = [source for source in sources if source.near]
+        one, pages = tier.pool.page_bytes, [page for s in (*far, *near) for page in s.load.pages]
         self.bytes = len(pages) * one
-        self.host_bytes = one * sum(len(s.load.pages) for s in sources if s.memory is tier.layers)
-        self.storage_bytes = one * sum(len(s.load.pages) for s in sources if s.load.reading is not None)
+        self.storage_bytes = one * sum(len(s.load.pages) for s in far if s.load.reading is not None)
+        self.host_bytes = one * (copied := sum(len(s.load.pages) for s in far))
         self.read_wait_ms = 0.0  # that the host waited for the disk
         begin = tier._up_ids.take(len(pages))
-        ids = tier._up_ids.put(begin, pages)
+        ids = tier._up_ids.put(begin, np.array(pages, np.int64))
         tier._up_ids.hold(begin, len(pages), Mark(self._device))
-        self._ids = ids.split(len(tier._staging[0]))  # of each step of a layer
-        self._runs = [list(_runs(sources, i * len(tier._staging[0]), len(ids))) for i, ids in enumerate(self._ids)]
+        self._readings = [source.load.reading for source in far if source.load.reading is not None]
+        self._ids = ids[:copied].split(len(tier._staging[0])) if copied else ()  # of each step of a layer
+        self._runs = [list(_runs(far, i * len(tier._staging[0]), len(ids))) for i, ids in enumerate(self._ids)]
         self._sent: list[tuple[Mark, Mark]] = []  # of each step
         self._waits: list[tuple[Mark, Mark]] = []
+        extents = [extent for source in near for extent in source.extents]
+        self._near = list(zip(ids[copied:].split([n for _, n in extents]), extents, strict=True)) if near else []
+        self._near_there = [there for source in near for there in source.there]
+        self._placed = 0 if near else len(tier.layers)  # layers of prefetched states that are in their pages
         with self._up():
-            for source in sources:
+            for source in far:
                 for there in source.there:
                     there.wait()
         self._send_ahead(AHEAD)
@@ -408,10 +422,50 @@ class Onload:
     @property
     def queued(self) -> bool:
         """Return whether the copies of all layers are queued."""
-        return len(self._sent) == len(self._tier.layers) * len(self._ids)
+        layers = len(self._tier.layers)
+        return len(self._sent) == layers * len(self._ids) and self._placed == layers
 
     def layer(self, i: int) -> None:
         """Make the current stream wait for layer i, and put the layer into its pages."""
+        self._place(i, i + 1)
+        self._arrive(i)
+
+    def all_layers(self) -> None:
+        """Put every layer into its pages before anything is computed, as a CUDA graph needs."""
+        self._place(0, len(self._tier.layers))
+        for i in range(len(self._tier.layers)):
+            self._arrive(i)
+
+    def times_ms(self) -> tuple[float, float]:
+        """Return (time that the computation waited, time of the copies); waits until all is done."""
+        waits, copies = (sum(a.ms_until(b) for a, b in spans) for spans in (self._waits, self._sent))
+        return waits, copies
+
+    def read_ms(self) -> float:
+        """Return the time from the begin of the first read from the disk to the end of the last; 0 without any."""
+        times = [time for reading in self._readings for time in reading.times]
+        return (max(times) - min(times)) * 1e3 if times else 0.0
+
+    def _place(self, first: int, stop: int) -> None:
+        """Put the prefetched states of layers first to stop - 1 into their pages, in the current stream."""
+        if not self._near:
+            return
+        tier, begin = self._tier, Mark(self._device)
+        assert tier._ahead is not None
+        for there in self._near_there:
+            there.wait()
+        if self._near_there:
+            self._waits.append((begin, Mark(self._device)))
+            self._near_there = []
+        for ids, (at, n) in self._near:
+            rows = tier._ahead[first:stop, at : at + n]
+            for pages, part in zip(tier._parts, rows.split(tier._widths, dim=2), strict=False):
+                pages[first:stop].index_copy_(1, ids, part)
+        tier._last_placed = Mark(self._device)
+        self._placed = stop
+
+    def _arrive(self, i: int) -> None:
+        """Make the current stream wait for layer i on its way from the host, and put it into its pages."""
         tier = self._tier
         for step, ids in enumerate(self._ids, i * len(self._ids)):
             if step == len(self._sent):
@@ -426,52 +480,34 @@ class Onload:
             tier._placed[step % AHEAD] = Mark(self._device)
             self._send_ahead(step + 1 + AHEAD)
 
-    def all_layers(self) -> None:
-        """Put every layer into its pages before anything is computed, as a CUDA graph needs."""
-        for i in range(len(self._tier.pool.k)):
-            self.layer(i)
-
-    def times_ms(self) -> tuple[float, float]:
-        """Return (time that the computation waited, time of the copies); waits until all is done."""
-        waits, copies = (sum(a.ms_until(b) for a, b in spans) for spans in (self._waits, self._sent))
-        return waits, copies
-
-    def read_ms(self) -> float:
-        """Return the time from the begin of the first read from the disk to the end of the last; 0 without any."""
-        times = [time for s in self._sources if s.load.reading is not None for time in s.load.reading.times]
-        return (max(times) - min(times)) * 1e3 if times else 0.0
-
     def _send_ahead(self, stop: int) -> None:
         """Queue the copies of the steps before `stop`, as far as they are on the host."""
-        readings = [source.load.reading for source in self._sources if source.load.reading is not None]
-        while (step := len(self._sent)) < stop and not self.queued:
-            if not all(reading.ready(step // len(self._ids)) for reading in readings):
+        while (step := len(self._sent)) < min(stop, len(self._tier.layers) * len(self._ids)):
+            if not all(reading.ready(step // len(self._ids)) for reading in self._readings):
                 return
             self._send(step)
 
     def _send(self, step: int) -> None:
         (i, part), at, tier = divmod(step, len(self._ids)), 0, self._tier
         begun = time.perf_counter()
-        for source in self._sources:
-            if source.load.reading is not None:
-                source.load.reading.wait(i)
+        for reading in self._readings:
+            reading.wait(i)
         self.read_wait_ms += (time.perf_counter() - begun) * 1e3
         staging = tier._staging[step % AHEAD]
         with tier.lock, self._up():
             tier._placed[step % AHEAD].wait()
             begin = Mark(self._device)
-            for memory, (first, n) in self._runs[part]:
-                staging[at : at + n].copy_(memory[i][first : first + n], non_blocking=True)
+            for first, n in self._runs[part]:
+                staging[at : at + n].copy_(tier.layers[i][first : first + n], non_blocking=True)
                 at += n
             tier._last_read = Mark(self._device)
             self._sent.append((begin, tier._last_read))
 
 
-def _runs(sources: Sequence[_Source], first: int, n: int) -> Iterator[tuple[Sequence[Tensor], Extent]]:
-    """Yield the memory and the runs of n pages of all sources, one after another, from page `first` on."""
+def _runs(sources: Sequence[_Source], first: int, n: int) -> Iterator[Extent]:
+    """Yield the runs of n pages of all sources, one after another, from page `first` on."""
     for source in sources:
-        for extent in cut(source.extents, first, first + n):
-            yield source.memory, extent
+        yield from cut(source.extents, first, first + n)
         first -= len(source.load.pages)
 
 
