@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,12 +176,17 @@ def bind(variant: str, **given: Any) -> Callable[[], Tensor]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = call()
+    return partial(_replayed, graph, out, given)
 
-    def replay() -> Tensor:
-        graph.replay()
-        return out
 
-    return replay
+def _replayed(graph: torch.cuda.CUDAGraph, out: Tensor, read: dict[str, Any]) -> Tensor:
+    """Replay a graph, and return what it writes.
+
+    read: the tensors that it reads. They must live as long as its addresses of them, and rounded weights are nobody
+    else's.
+    """
+    graph.replay()
+    return out
 
 
 @torch.inference_mode()
