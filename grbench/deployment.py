@@ -33,6 +33,7 @@ LIMITS = {  # pattern of a limit's name: how it is written
     r"quality\.\w+_loss_pct": "quality.auc_loss_pct",
     r"memory_gb": "memory_gb",
 }
+LOSS = r"\w+_loss(_pct)?"  # pattern of a loss's name
 HEADER = "# A deployment of grbench: `grbench serve deployment=FILE` serves it.\n"
 
 
@@ -95,7 +96,9 @@ class Step:
     max_history: int | None = option(None, "use only the newest events of a history", ge=1)
     stale_state: bool = option(False, "leave out the events that are new since the user's cached state")
     strategy: str | None = option(None, "use this strategy")
-    loss: dict[str, float] = field(default_factory=dict)  # measured, by metric: auc_loss_pct
+    loss: dict[str, float] = field(default_factory=dict)  # measured, by metric: auc_loss, hr10_loss, auc_loss_pct
+    intervals: dict[str, list[float]] = field(default_factory=dict)  # 95%, of losses: [low, high]
+    record: str | None = option(None, "folder of the record of the losses; `grbench losses` fills all three in")
 
     @property
     def changes(self) -> list[str]:
@@ -196,6 +199,17 @@ def _problems(deployment: Deployment) -> Iterator[str]:
     for number, step in enumerate(deployment.degrade):
         key = f"degrade[{number}]"
         yield from (f"{key}.{line}" for line in violations(step))
+        for metric in (*step.loss, *step.intervals):
+            if not re.fullmatch(LOSS, metric):
+                yield f"{key}.loss.{metric}: no name of a loss; allowed are such as auc_loss, hr10_loss, auc_loss_pct"
+        for metric, ends in step.intervals.items():
+            if len(ends) != 2:
+                yield f"{key}.intervals.{metric}: {len(ends)} numbers; allowed is [low, high]"
+        if step.max_candidates and deployment.task != "rank":
+            yield (
+                f"{key}.max_candidates: a call to {deployment.task} sends no candidates; let a step name a strategy "
+                "with a smaller retrieval.k"
+            )
         if len(step.changes) != 1:
             yield f"{key}: {' and '.join(step.changes) or 'no change'}; a step has one of {', '.join(CHANGES)}"
         if step.strategy is not None and step.strategy not in _names(deployment.strategies):

@@ -34,6 +34,7 @@ SUBCOMMANDS = {
     "compare": Subcommand(
         "grbench.report.compare_command:main", "judge two measurements: faster, slower, no difference, undecided"
     ),
+    "losses": Subcommand("grbench.report.losses_command:main", "fill in what a deployment's steps lose, from records"),
     "reports": Subcommand("grbench.report.studies_command:main", "rebuild the pages of kept reports"),
     "ui": Subcommand("grbench.tracking.command:ui", "open MLflow's pages on this machine"),
     "import": Subcommand("grbench.tracking.command:import_", "log the records that MLflow does not have yet"),

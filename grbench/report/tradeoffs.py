@@ -161,10 +161,7 @@ class Tradeoff:
         return self.axis.text(point.row.record)
 
     def change(self, point: Point, name: str) -> Estimate:
-        """Return the figure of a point less that of the base, over pairs of resamples."""
-        return estimate_of(
-            point.quality(name).value - self.base.quality(name).value, point.drawn[name] - self.base.drawn[name]
-        )
+        return change(self.base, point, name)
 
     def gain(self, point: Point) -> Estimate:
         """Return the share of requests/s that a point has more than the base. The two are independent runs."""
@@ -271,17 +268,22 @@ class Tradeoff:
         return [row for point in self.points for row in (point.row, point.server) if row is not None]
 
 
+def change(base: Point, point: Point, name: str) -> Estimate:
+    """Return the figure of a point less that of the base, over pairs of resamples."""
+    return estimate_of(point.quality(name).value - base.quality(name).value, point.drawn[name] - base.drawn[name])
+
+
 def tradeoffs(rows: Sequence[Row]) -> list[Tradeoff]:
     """Return each axis along which OK cells with resamples differ from their base, by task in the order of the rows."""
     stars: dict[str, list[Point]] = {}
-    for point in _points(rows):
+    for point in points(rows):
         stars.setdefault(_key(point.row.record, axes=False), []).append(point)
     found = []
     for star in stars.values():
-        points = sorted(star, key=lambda point: point.row.record.started_at)  # of equal ones the first is the base
-        base = max(points, key=lambda point: sum(_axis(point, other) is not None for other in points))
+        its = sorted(star, key=lambda point: point.row.record.started_at)  # of equal ones the first is the base
+        base = max(its, key=lambda point: sum(_axis(point, other) is not None for other in its))
         for axis in AXES:
-            if others := [point for point in points if _axis(base, point) is axis]:
+            if others := [point for point in its if _axis(base, point) is axis]:
                 ordered = sorted([base, *others], key=lambda point: axis.place(point.row.record))
                 found.append(Tradeoff(axis, base, ordered))
     return found
@@ -292,15 +294,16 @@ def _lower(title: str) -> str:
     return title if title[:2].isupper() else title[0].lower() + title[1:]
 
 
-def _points(rows: Sequence[Row]) -> list[Point]:
+def points(rows: Sequence[Row]) -> list[Point]:
+    """Return the OK offline cells with quality and its resamples, each with its server's cell."""
     ok = [row for row in rows if row.record.ok and row.record.metrics.get("throughput_rps")]
     servers = {_key(row.record): row for row in ok if scenario_of(row.record) == "server"}
-    points = []
+    found = []
     for row in ok:
         drawn = _resamples(row) if scenario_of(row.record) == "offline" else {}
         if drawn:
-            points.append(Point(row, drawn, servers.get(_key(row.record))))
-    return points
+            found.append(Point(row, drawn, servers.get(_key(row.record))))
+    return found
 
 
 def _resamples(row: Row) -> dict[str, Floats]:

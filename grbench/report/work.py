@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from grbench.execution.environment import machine_of
@@ -57,9 +58,13 @@ def emulated(record: RunRecord) -> bool:
 
 def options_of(record: RunRecord) -> dict[str, Any]:
     """Return a record's options by dotted key, a file by its content: one path may have held several files."""
+    return by_content(record.spec, record.files)
+
+
+def by_content(spec: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options of a spec by dotted key. files: SHA-256 of each file that an option names, by its key."""
     return {
-        key: f"sha256:{digest[:12]}" if (digest := record.files.get(key)) else value
-        for key, value in flatten(record.spec).items()
+        key: f"sha256:{digest[:12]}" if (digest := files.get(key)) else value for key, value in flatten(spec).items()
     }
 
 

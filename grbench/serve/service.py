@@ -319,7 +319,7 @@ def _parameters(answers: list[Answer]) -> dict[str, Any]:
     if any(a.degraded for a in answers):
         parameters["degraded"] = joined([a.degraded for a in answers])
         worst = max(answers, key=lambda a: max(a.loss.values(), default=0.0))
-        parameters |= {f"loss_{name}": value for name, value in worst.loss.items()}
+        parameters |= worst.loss
     if failed := [line for a in answers for line in a.failed]:
         parameters["fallback_from"] = "; ".join(dict.fromkeys(failed))
     return parameters

@@ -154,7 +154,7 @@ def test_overload_degrades_first_and_then_refuses(tensors: dict[str, np.ndarray]
         assert server.metric("grbench_shed_total", reason="deadline") == len(refused)
         degraded = [p for p in answered if "degraded" in p]
         assert server.metric("grbench_degraded_total") <= len(degraded)
-        assert all(p["strategy"] == "cheap" or p["loss_auc_loss_pct"] == 0.3 for p in degraded)
+        assert all(p["strategy"] == "cheap" or p["auc_loss_pct"] == 0.3 for p in degraded)
         status, answer, _ = server.infer(tensors, deadline_ms=1.0)
         assert status == 429 and "deadline" in answer["error"]
 

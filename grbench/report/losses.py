@@ -1,0 +1,124 @@
+"""Measured losses of a deployment's steps: each from two records that answered the same users.
+
+One record has the options of the deployment's first strategy. The other differs from it by what the step changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from grbench.config.schema import ConfigError, RunSpec
+from grbench.deployment import Deployment, Step
+from grbench.execution.records import RunRecord
+from grbench.report.cells import Cell, shown
+from grbench.report.groups import Row
+from grbench.report.tradeoffs import FIGURES, Point, change, points
+from grbench.report.work import by_content, options_of
+
+WINDOW, AGE = "workload.max_history", "workload.stale_events"
+MEASURE = "measure it as `python -m grbench study=quality` does, or type the loss into the file"
+
+Options = dict[str, str]
+Measured = Sequence[tuple[Point, Options]]
+
+
+def options_of_spec(spec: RunSpec) -> dict[str, Any]:
+    """Return a strategy's options by dotted key, files by content. Raises OSError for a file that can't be read."""
+    return by_content(spec.to_dict(), spec.file_contents())
+
+
+def with_losses(deployment: Deployment, options: Mapping[str, Mapping[str, Any]], cells: Sequence[Cell]) -> list[Step]:
+    """Return the steps with their losses, the 95% intervals of these, and the record that each is from.
+
+    options: of each strategy, by its name (`options_of_spec`). Of several records that match, such as states of
+    several ages, the one that loses most counts. Raises ConfigError, one line, for a step that no record matches.
+    """
+    rows = [Row(0, "", record, folder) for folder, record in cells if record.spec.get("task") == deployment.task]
+    measured = [(point, _decisive(options_of(point.row.record))) for point in points(rows)]
+    decisive = {name: _decisive(its) for name, its in options.items()}
+    cheaper = {step.strategy for step in deployment.degrade}
+    names = [strategy.name for strategy in deployment.strategies]
+    first = next((name for name in names if name not in cheaper), names[0])
+    steps = []
+    for number, step in enumerate(deployment.degrade):
+        try:
+            steps.append(_with_loss(step, first, decisive, measured))
+        except ConfigError as e:
+            raise ConfigError(f"degrade[{number}] ({step.name}): {e}") from None
+    return steps
+
+
+def _with_loss(step: Step, first: str, decisive: Mapping[str, Options], measured: Measured) -> Step:
+    """Return a step with its loss. Raises ConfigError without a record that matches."""
+    if step.max_candidates:
+        raise ConfigError("no study measures answers without the last candidates; type the loss into the file")
+    base = decisive[first]
+    bases = [point for point, its in measured if its == base]
+    if not bases:
+        raise ConfigError(f"no record has the options of strategy {first}{_nearest(base, measured)}; {MEASURE}")
+    if step.stale_state:
+        changed = [point for point, its in measured if AGE in its and its == base | {AGE: its[AGE]}]
+        missing = f"no record has strategy {first} with {AGE} > 0"
+    else:
+        wanted = decisive[step.strategy] if step.strategy else base | {WINDOW: shown(step.max_history)}
+        changed = [point for point, its in measured if its == wanted]
+        what = f"strategy {step.strategy}" if step.strategy else f"strategy {first} with {WINDOW}={step.max_history}"
+        missing = f"no record has {what}{_nearest(wanted, measured)}"
+    name = next(iter(FIGURES[base["task"]]))
+    pairs = [(b, point) for b in bases for point in changed if _comparable(b, point, name)]
+    if not pairs:
+        raise ConfigError(f"{missing}; {MEASURE}")
+    changes = [(change(b, point, name), point.row.folder) for b, point in pairs]
+    lost, folder = min(changes, key=lambda pair: pair[0].value)
+    figure = f"{name}_loss"
+    return replace(
+        step,
+        loss={figure: round(-lost.value, 6)},
+        intervals={figure: [round(-lost.high, 6), round(-lost.low, 6)]},
+        record=str(folder),
+    )
+
+
+def _decisive(options: Mapping[str, Any]) -> Options:
+    """Return the options that decide an answer's quality: no device, kernel, batch or memory.
+
+    A value that is null, false or zero counts as absent, because records may be older than the option.
+    """
+    found = {"cache.precision": "engine"}
+    for key, value in options.items():
+        group, own = key.partition(".")[0], key.rpartition(".")[2]
+        named = group in ("engine", "cache") and own in ("name", "precision")
+        if (named or key == "engine" or group in ("task", "model", "retrieval", "workload")) and value not in (
+            None,
+            False,
+            0,
+            "",
+            [],
+        ):
+            found[key] = shown(value)
+    return found
+
+
+def _nearest(wanted: Options, measured: Measured) -> str:
+    """Return what the nearest record has instead, for a message; empty without records."""
+    differences = [
+        [f"{key}={its.get(key, 'null')} instead of {wanted.get(key, 'null')}" for key in sorted({*its, *wanted})
+         if its.get(key) != wanted.get(key)]
+        for _, its in measured
+    ]  # fmt: skip
+    if not differences:
+        return ": none has the task, figures of quality and their resamples"
+    least = min(differences, key=len)
+    return f"; the nearest of them has {', '.join(least[:3])}{' and more' if len(least) > 3 else ''}"
+
+
+def _comparable(base: Point, point: Point, name: str) -> bool:
+    """Return whether both have resamples of a figure, of the same users and events."""
+
+    def users(record: RunRecord) -> list[Any]:
+        its = {k: v for k, v in options_of(record).items() if k.startswith("workload") and k not in (WINDOW, AGE)}
+        return [its, record.spec.get("seed"), record.spec["gate"]["quality_requests"]]
+
+    return name in base.drawn and name in point.drawn and users(base.row.record) == users(point.row.record)

@@ -1,0 +1,152 @@
+"""Losses of a deployment's steps, from the records of reports/quality. The page there has the same figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grbench import deployment as deployments
+from grbench.config.arguments import CommandError
+from grbench.config.schema import ConfigError
+from grbench.deployment import Deployment, Step, Strategy
+from grbench.execution import records
+from grbench.report.frame import read_cells
+from grbench.report.losses import options_of_spec, with_losses
+from grbench.report.losses_command import main
+
+ROOT = Path(__file__).parents[2]
+KEPT = ROOT / "reports/quality"
+WEIGHTS = ROOT / "experiments/weights/ml_100k"
+COMMON = ["engine=hstu", "engine.precision=fp32", "workload=ml_100k", "workload.max_history=50"]
+RETRIEVE = [
+    *COMMON,
+    f"retrieval.weights={WEIGHTS}/retriever/weights.safetensors",
+    f"retrieval.semantic_ids={WEIGHTS}/retriever/semantic_ids.safetensors",
+]
+RANK = [*COMMON, "model.tasks=[rated,liked]", f"model.weights={WEIGHTS}/ranker/weights.safetensors"]
+
+
+def retrieve(*steps: Step) -> Deployment:
+    strategies = [
+        Strategy("wide", [*RETRIEVE, "retrieval.beam_width=64"]),
+        Strategy("narrow", [*RETRIEVE, "retrieval.beam_width=4", "retrieval.k=4"]),
+    ]
+    return Deployment(version=1, task="generate", strategies=strategies, degrade=list(steps))
+
+
+def ranker_of_the_records() -> str:
+    """The hash of the ranker that was measured, which is not the one that is kept now."""
+    return records.load(KEPT / "records/rank_offline_quality_requests=1000").files["model.weights"]
+
+
+def rank(*steps: Step, **changes: str) -> tuple[Deployment, dict[str, dict[str, Any]]]:
+    """A deployment that ranks, and its options as those of the records' weights."""
+    changed = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
+    strategies = [
+        Strategy("ranker", [*RANK, *changed]),
+        Strategy("half", [*RANK, *changed, "engine.precision=bf16"]),
+    ]
+    deployment = Deployment(version=1, task="rank", strategies=strategies, degrade=list(steps))
+    weights = {"model.weights": f"sha256:{ranker_of_the_records()[:12]}"}
+    return deployment, {name: options_of_spec(spec) | weights for name, spec in deployment.specs().items()}
+
+
+def on_the_page(section: str, row: str) -> list[float]:
+    """The change of the headline figure in a table of the page: [value, low, high]."""
+    text = (KEPT / "README.md").read_text().partition(f"## {section}")[2].partition("\n## ")[0]
+    cells = next(line for line in text.splitlines() if re.match(rf"\| [\d, ]+ \| {row} \|", line)).split(" | ")
+    return [float(number) for number in re.findall(r"[-+]\d\.\d+", cells[3])]
+
+
+def assert_is(step: Step, figure: str, section: str, row: str) -> None:
+    value, low, high = on_the_page(section, row)
+    assert step.loss == {figure: pytest.approx(-value, abs=5.1e-5)}
+    assert step.intervals == {figure: pytest.approx([-high, -low], abs=5.1e-5)}
+
+
+def test_the_command_fills_in_what_the_page_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "best.yaml"
+    steps = (Step("short", max_history=8), Step("old", stale_state=True), Step("beams", strategy="narrow"))
+    deployments.save(retrieve(*steps), file)
+    assert main([str(file), str(KEPT)]) == 0
+    short, old, beams = deployments.load(file).degrade
+    assert_is(short, "hr10_loss", "Retrieve: history window against speed", "8")
+    assert_is(old, "hr10_loss", "Retrieve: age of the state against speed", "16")  # 4 events lose less
+    assert_is(beams, "hr10_loss", "Retrieve: beam width against speed", "4")
+    assert beams.record == str(KEPT / "records/retrieve_beams_4_offline_quality_requests=1000")
+    assert f"beams: hr10_loss 0.0498 [0.0354, 0.0653], {beams.record}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [{}, {"cache": "lru", "kernel": "torch", "engine__device": "cpu"}])
+def test_a_ranker_loses_auc(changes: dict[str, str]) -> None:
+    """A cache, kernels and the device do not decide quality; the precision of the second strategy does."""
+    steps = (Step("short", max_history=8), Step("old", stale_state=True), Step("bf16", strategy="half"))
+    short, old, half = with_losses(*rank(*steps, **changes), read_cells([KEPT]))
+    assert_is(short, "auc_loss", "Rank: history window against speed", "8")
+    assert_is(old, "auc_loss", "Rank: age of the state against speed", "16")
+    assert_is(half, "auc_loss", "Rank: engine and precision against speed", "hstu bf16")
+
+
+@pytest.mark.parametrize(
+    "step, changes, words",
+    [
+        (Step("s", max_history=9), {}, "no record has strategy ranker with workload.max_history=9; the nearest"),
+        (Step("s", max_candidates=9), {}, "no study measures answers without the last candidates; type the loss"),
+        (
+            Step("s", max_history=8),
+            {"workload__visit_events": "8"},
+            "no record has the options of strategy ranker; the nearest of them has workload.visit_events=16 instead of",
+        ),
+        (
+            Step("s", stale_state=True),
+            {"cache": "lru", "cache__precision": "int8"},
+            "no record has strategy ranker with workload.stale_events > 0",
+        ),
+    ],
+)
+def test_a_step_without_a_record_is_refused(step: Step, changes: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        with_losses(*rank(step, **changes), read_cells([KEPT]))
+    message = str(refused.value)
+    assert message.startswith(f"degrade[0] (s): {words}")
+    assert "type the loss into the file" in message and "\n" not in message
+
+
+def test_other_weights_are_another_model(tmp_path: Path) -> None:
+    """One bit of the weights is another. The file stays as it was."""
+    data = bytearray((WEIGHTS / "retriever/weights.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "weights.safetensors").write_bytes(data)
+    deployment, file = retrieve(Step("short", max_history=8)), tmp_path / "best.yaml"
+    deployment.strategies[0].overrides.append(f"retrieval.weights={tmp_path}/weights.safetensors")
+    deployments.save(deployment, file)
+    before = file.read_text()
+    with pytest.raises(
+        CommandError, match=r"the nearest of them has retrieval\.weights=sha256:0a1a1b4957f2 instead of"
+    ):
+        main([str(file), str(KEPT)])
+    assert file.read_text() == before
+
+
+def test_records_of_other_users_are_not_compared() -> None:
+    cells = read_cells([KEPT])
+    for _, record in cells:
+        if record.spec["workload"]["max_history"] == 8:
+            record.spec["gate"]["quality_requests"] = 500
+    with pytest.raises(ConfigError, match="max_history=8"):
+        with_losses(*rank(Step("short", max_history=8)), cells)
+
+
+def test_names_of_losses_say_what_they_are() -> None:
+    step = Step("beams", strategy="narrow", loss={"hr10": 0.05})
+    with pytest.raises(ConfigError, match=r"degrade\[0\]\.loss\.hr10: no name of a loss; allowed are such as auc_loss"):
+        retrieve(step).specs()
+    step = dataclasses.replace(step, loss={"hr10_loss": 0.05}, intervals={"hr10_loss": [0.04]})
+    with pytest.raises(ConfigError, match=r"degrade\[0\]\.intervals\.hr10_loss: 1 numbers; allowed is \[low, high\]"):
+        retrieve(step).specs()
+    with pytest.raises(ConfigError, match="a call to generate sends no candidates"):
+        retrieve(Step("few", max_candidates=4)).specs()
