@@ -140,29 +140,50 @@ def percentile_interval(samples: npt.ArrayLike, percent: float) -> tuple[float, 
 
 
 def percentile_of_runs(
-    runs: Sequence[npt.NDArray[np.float64]], worths: Sequence[float], percent: float
+    runs: Sequence[npt.NDArray[np.float64]], percent: float
 ) -> tuple[float, int, tuple[float, float] | None]:
     """Return a percentile of the samples of independent runs, what they are worth, and its 95% interval, None for few.
 
-    runs: [samples] of each. worths: its `independent_samples`. The variance of a share of all samples is the sum of the
-    runs' own, each times the square of its part of the samples (stratified sampling: Cochran, section 5.3). Runs differ
-    by more than that, in the state of the machine. So the interval is widened, on a scale of logarithms, by the
-    standard deviation of the runs' own percentiles, which is taken to be at least LEAST_SPREAD. That of a few runs is
-    itself uncertain, so the interval holds for machines that differ as these runs do.
+    runs: as for `samples_of_runs`, which says what they are worth. Runs differ by more than that, in the state of the
+    machine. So the interval is widened, on a scale of logarithms, by the standard deviation of the runs' own
+    percentiles, which is taken to be at least LEAST_SPREAD. That of a few runs is itself uncertain, so the interval
+    holds for machines that differ as these runs do.
     """
     values = np.sort(np.concatenate(runs))
     count, found = len(values), float(values[_rank(len(values), percent)])
-    worth = max(int(count**2 / sum(len(run) ** 2 / its for run, its in zip(runs, worths, strict=True))), 1)
+    worth = samples_of_runs(runs, percent)
     if (ranks := _interval_ranks(count, percent, worth)) is None:
         return found, worth, None
     low, high = (float(values[rank]) for rank in ranks)
     own = [percentile(run, percent) for run in runs]
-    if len(runs) > 1 and min(*own, low) > 0:
+    if min(*own, low) > 0:
         spread = max(float(np.log(own).std(ddof=1)), LEAST_SPREAD)
         reach = 1.96 * spread / math.sqrt(len(runs))
         low = found * math.exp(-math.hypot(math.log(found / low), reach))
         high = found * math.exp(math.hypot(math.log(high / found), reach))
     return found, worth, (low, high)
+
+
+def samples_of_runs(runs: Sequence[npt.NDArray[np.float64]], percent: float) -> int:
+    """Return how many independent samples tell as much about a percentile as two or more independent runs.
+
+    runs: [samples] of each, in the order of requests; their lengths may differ. What they have in common at the same
+    request is the trace's, and no sampling error of a percentile of this trace. Their differences are noise: with x = 1
+    for a sample below the percentile of all, the variance of the sum of x over one run is that of the sums of x less
+    its mean over runs, added up and divided by (runs - 1). It is taken over the common prefix, and a longer run has as
+    much a request. Where each run draws a trace of its own, the differences hold what traces vary, so that the same
+    holds for the percentile of all such traces. The smallest of several percentiles counts, as in
+    `independent_samples`. A shift of a whole run is left out: `percentile_of_runs` counts it, at its own percentile.
+    """
+    count, common = sum(map(len, runs)), min(map(len, runs))
+    values, worth = np.sort(np.concatenate(runs)), float(count)
+    for level in {50.0, 90.0, percent}:
+        below = np.stack([run[:common] < values[_rank(count, level)] for run in runs]).astype(np.float64)
+        share, noise = float(below.mean()), below - below.mean(axis=0)
+        noise -= noise.mean(axis=1, keepdims=True)
+        if variance := sum(float(its @ its) * _inflation(its) for its in noise) / (len(runs) - 1):
+            worth = min(worth, count * common * share * (1 - share) / variance)
+    return max(int(worth), 1)
 
 
 def samples_for_interval(percent: float) -> int:

@@ -437,11 +437,14 @@ def batches_of(folder: Path) -> list[tuple[int, float]]:
 
 
 def latencies_of(folder: Path | None) -> npt.NDArray[np.float64]:
-    """Return the milliseconds of each request of a cell. Raises ReportError for samples that can't be read."""
+    """Return the milliseconds of each request of a cell, in the order in which they were issued.
+
+    The samples are in the order of answers. Raises ReportError for samples that can't be read.
+    """
     from grbench.report.frame import load_samples
 
     assert folder is not None  # every outcome of a cell has one
-    return load_samples(folder)["latency_ms"].to_numpy(np.float64)
+    return load_samples(folder).sort_values("arrival_s", kind="stable")["latency_ms"].to_numpy(np.float64)
 
 
 def _quality_class(spec: RunSpec) -> str:

@@ -61,16 +61,17 @@ def worst(outcomes: Sequence[Outcome]) -> Outcome:
 def pooled(outcomes: Sequence[Outcome], latencies_ms: Sequence[npt.NDArray[np.float64]]) -> Outcome:
     """Return what independent runs show together: percentiles of all latencies, and other figures of the run `worst`.
 
-    latencies_ms: [samples] of each run.
+    latencies_ms: [samples] of each run, in the order of requests. One run alone shows what its record says.
     """
     found = worst(outcomes)
+    if len(outcomes) == 1:
+        return found
     metrics, intervals = dict(found.metrics), dict(found.intervals)
     metrics["samples"] = float(sum(map(len, latencies_ms)))
     for percent in PERCENTILES:
         name = f"{POOLED}p{percent:g}"
         if all(name in outcome.metrics for outcome in outcomes):
-            worths = [outcome.metrics[f"{name}{WORTH}"] for outcome in outcomes]
-            metrics[name], worth, interval = percentile_of_runs(latencies_ms, worths, percent)
+            metrics[name], worth, interval = percentile_of_runs(latencies_ms, percent)
             metrics[f"{name}{WORTH}"] = float(worth)
             intervals.pop(name, None)
             intervals |= {name: interval} if interval else {}

@@ -12,7 +12,8 @@ import pytest
 from helpers.properties import examples
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binom
+from scipy.signal import lfilter
+from scipy.stats import binom, norm
 
 from grbench.config.compose import compose_spec
 from grbench.execution import measure, stats
@@ -159,37 +160,79 @@ def test_interval_of_independent_runs_covers_the_truth(counts: tuple[int, ...], 
     """Runs of a queue, of unequal lengths too, whose latencies are alike within each. between: spread of the runs."""
     rng = np.random.default_rng(12)
     truth = np.quantile(_queue(rng, 200_000)[0], 0.9)
-    covered = known = 0
+    covered, known, gains = 0, 0, []
     for _ in range(200):
         runs = [_queue(rng, count) for count in counts]
         runs = [(latencies * np.exp(rng.normal(0.0, between)), arrivals) for latencies, arrivals in runs]
         summaries = [stats.latency_summary(latencies, arrivals_s=arrivals) for latencies, arrivals in runs]
         worths = [summary.metrics["latency_ms/p90_worth"] for summary in summaries]
         all_runs = [latencies for latencies, _ in runs]
-        value, worth, interval = stats.percentile_of_runs(all_runs, worths, 90.0)
-        assert value == stats.percentile(np.concatenate(all_runs), 90.0) and worth <= sum(worths)
+        value, worth, interval = stats.percentile_of_runs(all_runs, 90.0)
+        assert value == stats.percentile(np.concatenate(all_runs), 90.0)
+        gains.append(worth / sum(worths))
         if interval:
             known += 1
             covered += interval[0] <= truth <= interval[1]
     assert known > 150
     assert 0.92 <= covered / known < 1
+    assert 1 / 1.3 < np.mean(gains) < 1.3
+
+
+def _alike(rng: np.random.Generator, count: int, correlation: float = 0.8) -> np.ndarray:
+    """Return a series of standard normal values of which neighbours correlate."""
+    steps = rng.standard_normal(count) * np.sqrt(1 - correlation**2)
+    return lfilter([1.0], [1.0, -correlation], steps)
+
+
+@pytest.mark.parametrize("counts", [(4000, 4000), (5000, 2500), (3000, 3000, 2000)])
+@pytest.mark.parametrize("trace", [1.0, 0.0])
+def test_what_runs_of_one_trace_have_in_common_is_no_error_of_its_percentile(
+    counts: tuple[int, ...], trace: float
+) -> None:
+    """The trace drifts slowly, by `trace`; the truth is that of these requests, with new noise."""
+    rng = np.random.default_rng(14)
+    drift = trace * (np.sin(np.arange(max(counts)) / 200) + _alike(rng, max(counts), 0.998))
+    values = np.linspace(-6, 6, 4001)
+    below = sum(norm.cdf(values[:, None] - drift[None, :count:20]).sum(axis=1) for count in counts)
+    truth = np.exp(values[np.searchsorted(below / below[-1], 0.9)])
+    covered, gains, known = 0, [], 0
+    for _ in range(60):
+        runs = [np.exp(drift[:count] + _alike(rng, count)) for count in counts]
+        own = sum(stats.independent_samples(run, np.arange(len(run)), 90.0) for run in runs)
+        _, worth, interval = stats.percentile_of_runs(runs, 90.0)
+        gains.append(worth / own)
+        if interval:
+            known += 1
+            covered += interval[0] <= truth <= interval[1]
+    assert known == 60 and covered / known >= 0.92
+    assert np.mean(gains) > 5 if trace else 1 / 1.3 < np.mean(gains) < 1.3
+
+
+def test_noise_of_a_known_share_is_worth_what_its_variance_says() -> None:
+    """Half of the 10,000 requests of each run take the same time in both; the others come in blocks of 5 by chance."""
+    rng = np.random.default_rng(15)
+    sure = np.tile(np.repeat([0.0, 1.0], 5), 1000)
+    runs = [np.where(np.repeat(np.arange(2000) % 4 < 2, 5), sure, np.repeat(rng.random(2000), 5)) for _ in range(2)]
+    # The variance of a request's share is 1/4 in every second block, so that it is an eighth, times the block's length.
+    assert stats.samples_of_runs(runs, 50.0) == pytest.approx(20_000 * 0.25 / (5 / 8), rel=0.1)
 
 
 def test_interval_of_runs_that_differ_is_wider_than_their_own() -> None:
     rng = np.random.default_rng(13)
     samples = rng.lognormal(0, 0.5, 4000)
     runs = [samples, 1.2 * rng.permutation(samples)]
-    value, _, interval = stats.percentile_of_runs(runs, [4000, 4000], 99.0)
-    alike = stats.percentile_of_runs([samples, samples], [4000, 4000], 99.0)
+    value, _, interval = stats.percentile_of_runs(runs, 99.0)
+    alike = stats.percentile_of_runs([samples, samples], 99.0)
     assert interval is not None and alike[2] is not None
     assert interval[1] / value > alike[2][1] / alike[0] > 1.02
     assert interval[1] / value > np.exp(1.96 * np.log(1.2) / 2)  # sd of two is their difference over the root of 2
 
 
-def test_one_run_alone_has_its_own_interval() -> None:
-    samples = np.arange(1000.0)
-    assert stats.percentile_of_runs([samples], [1000], 90.0)[2] == stats.percentile_interval(samples, 90.0)
-    assert stats.percentile_of_runs([samples, samples + 0.5], [20, 20], 99.0)[1:] == (40, None)
+def test_runs_that_are_worth_too_little_have_no_interval() -> None:
+    """Each run has 20 blocks of 50 requests that take the same time."""
+    runs = [np.repeat(np.random.default_rng(seed).random(20), 50) for seed in range(2)]
+    _, worth, interval = stats.percentile_of_runs(runs, 99.0)
+    assert 20 <= worth <= 80 and interval is None
 
 
 def test_requests_that_arrive_together_count_once() -> None:

@@ -23,7 +23,7 @@ from grbench.execution.records import Status
 from grbench.execution.session import CellSession
 from grbench.execution.session import Measured as Cell
 from grbench.report.frame import load_samples
-from grbench.tune import config, limits
+from grbench.tune import config, limits, live
 from grbench.tune.certification import MOST
 from grbench.tune.live import LiveEvaluator
 from grbench.tune.outcome import Configuration, Outcome, Probe
@@ -112,10 +112,8 @@ def test_runs_are_judged_by_the_latencies_in_their_files(tmp_path: Path) -> None
         write_cell(tmp_path / str(scale), scale=float(scale))
     lines: list[str] = []
     measures = evaluator(Measured(tmp_path, {}), tmp_path / "none", say=lines.append)
-    worth = {"latency_ms/p50_worth": 1500.0, "latency_ms/p90_worth": 1500.0, "latency_ms/p99_worth": 1500.0}
     found = [
-        Outcome("OK", record.metrics | worth, record.intervals, folder=folder)
-        for folder, record in records.find(tmp_path)
+        Outcome("OK", record.metrics, record.intervals, folder=folder) for folder, record in records.find(tmp_path)
     ]
     both = measures.pool(found)
     latencies = np.concatenate([load_samples(outcome.folder)["latency_ms"] for outcome in found])
@@ -127,6 +125,16 @@ def test_runs_are_judged_by_the_latencies_in_their_files(tmp_path: Path) -> None
     (tmp_path / "1" / records.SAMPLES_FILE).write_bytes(b"cut")
     assert measures.pool(found).metrics["latency_ms/p99"] == max(own)
     assert "not readable as parquet" in lines[0] and lines[0].endswith("until then the worst run stands for all")
+
+
+def test_latencies_are_in_the_order_in_which_requests_were_issued(tmp_path: Path) -> None:
+    """Runs are compared request by request, and answers may end in another order."""
+    write_cell(tmp_path / "1")
+    samples = load_samples(tmp_path / "1")
+    samples.sample(frac=1.0, random_state=1).to_parquet(tmp_path / "1" / records.SAMPLES_FILE)
+    assert not load_samples(tmp_path / "1")["request_id"].is_monotonic_increasing
+    in_order = samples.sort_values("request_id")["latency_ms"]
+    assert live.latencies_of(tmp_path / "1").tolist() == in_order.tolist()
 
 
 @pytest.mark.parametrize("typed, kept", [([], True), (["runner.keep_engine=false"], False)])
