@@ -257,6 +257,13 @@ def test_precisions_are_compared_with_a_trained_model(program: Any, tmp_path: Pa
     rows = rows_of(program("precisions"), tmp_path, capsys, f"model.weights={weights}", *small, *case)
     assert [row["task"] for row in rows] == ["rated", "liked"]
     assert all(0 < row["auc"] < 1 and abs(row["auc_loss"]) < 0.1 for row in rows)
+    rows = rows_of(program("precisions"), tmp_path, capsys, f"model.weights={weights}", *small, "--rounded")
+    first = [row for row in rows if row["task"] == "rated"]
+    assert [row["case"].removeprefix("rounded: ") for row in first] == [
+        "bf16", "bf16, attention in fp8", "products in fp8", "products and attention in fp8"
+    ]  # fmt: skip
+    # Each rounding moves the scores in a way of its own, and none by much.
+    assert len({row["ne"] for row in first}) == 4 and all(0 < abs(row["ne_loss"]) < 0.02 for row in first)
     with pytest.raises(SystemExit):
         program("precisions").main([])
     assert "model.weights=FILE is needed" in capsys.readouterr().err
