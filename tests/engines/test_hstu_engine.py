@@ -294,17 +294,23 @@ def test_kernels_that_cannot_run_are_unavailable_with_those_that_can() -> None:
 # On a GPU.
 
 
+EAGER: dict[str, Any] = {"cuda_graphs": "false"}
+# Each kernel in each precision, and each option in one precision: kernels are compiled for seconds in each.
+ON_A_GPU: list[tuple[str, str, dict[str, Any]]] = [
+    *((kernel, "fp32", EAGER) for kernel in ("torch", "triton")),  # tensor cores take half precision
+    *((kernel, "fp16", EAGER) for kernel in ("torch", "triton", "cutlass")),
+    *(
+        (kernel, "bf16", options)
+        for kernel in ("torch", "triton", "cutlass")
+        for options in (EAGER, {}, {"cuda_graphs": "true"}, {"candidate_microbatch": 4})
+    ),
+    ("compile", "bf16", {}),  # compiling takes long
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["torch", "compile", "triton", "cutlass"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize(
-    "options", [{"cuda_graphs": "false"}, {}, {"cuda_graphs": "true"}, {"candidate_microbatch": 4}], ids=str
-)
+@pytest.mark.parametrize(("kernel", "precision", "options"), ON_A_GPU, ids=str)
 def test_on_a_gpu(kernel: str, precision: str, options: dict[str, Any]) -> None:
-    if kernel == "cutlass" and precision == "fp32":
-        pytest.skip("tensor cores take half precision")
-    if kernel == "compile" and (precision != "bf16" or options):
-        pytest.skip("compiling takes long; one case shows that it runs")
     model = dataclasses.replace(MODEL, qk_dim=32, v_dim=16, interaction=True)
     requests = sample(8)
     reference = RankingReference(model, CATALOGUE, 5, "cuda")

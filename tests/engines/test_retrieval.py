@@ -323,10 +323,14 @@ def test_a_failing_step_ends_the_scenario(tmp_path: Path, generating: tuple[Any,
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("graphs", ["false", "auto", "true"])
 @pytest.mark.parametrize(
-    ("kernel", "precision", "biased"),
-    [("torch", "fp32", "false"), ("triton", "bf16", "false"), ("cutlass", "bf16", "false"), ("triton", "bf16", "true")],
+    ("kernel", "precision", "biased", "graphs"),
+    [
+        ("torch", "fp32", "false", "true"),
+        *(("triton", "bf16", "false", graphs) for graphs in ("false", "auto", "true")),
+        *(("cutlass", "bf16", "false", graphs) for graphs in ("false", "true")),
+        ("triton", "bf16", "true", "true"),
+    ],
 )
 def test_on_a_gpu(kernel: str, precision: str, biased: str, graphs: str) -> None:
     spec, trace, retrieval = of(

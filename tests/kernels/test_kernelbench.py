@@ -495,8 +495,9 @@ def test_a_gpu_is_timed_by_its_own_clock_from_a_cold_cache() -> None:
         assert row.ok, row.reason
         assert len(row.times_ms) >= config.repeats
         assert row.metrics["roofline_share"] < 1.1  # from a warm cache it would seem faster than the memory
-    # 2.6 MB at some TB/s take microseconds: were the host's launch overhead in it, it would be tens of them.
-    assert small.metrics["latency_ms/p50"] < 0.02
+    # 2.6 MB at some TB/s take microseconds: were the host's launch overhead in it, it would be tens of them. The least
+    # counts, since other work on the host or the GPU only adds time.
+    assert min(small.times_ms) < 0.02
 
 
 def test_the_stack_of_layers_is_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
