@@ -33,7 +33,9 @@ class Answer:
     strategy: str
     reason: str
     degraded: str = ""
-    loss: dict[str, float] = field(default_factory=dict)  # measured, of the step
+    asked: str = ""  # what the step changed, as it was asked: events=400
+    ran: str = ""  # the same, as it was answered: events=64
+    loss: dict[str, float] = field(default_factory=dict)  # of the step
     failed: list[str] = field(default_factory=list)  # strategies that were tried before, and why they failed
 
 
@@ -112,9 +114,11 @@ class Controller:
                 choice = _Choice(following, request, "fallback")
                 future = self._submit(choice, deadline)
         step = choice.step or self._step_of(choice.strategy)
-        return Answer(
-            done, choice.strategy.name, choice.reason, step.name if step else "", step.loss if step else {}, failed
-        )
+        answer = Answer(done, choice.strategy.name, choice.reason, failed=failed)
+        if step is not None:
+            answer.degraded, answer.loss = step.name, step.loss
+            answer.asked, answer.ran = self._change(step, choice.strategy, request, done.request)
+        return answer
 
     @staticmethod
     def _submit(choice: _Choice, deadline: float) -> asyncio.Future[Done]:
@@ -148,6 +152,17 @@ class Controller:
         if strategy in self._usual:
             return None
         return next((step for step in self.deployment.degrade if step.strategy == strategy.name), None)
+
+    def _change(self, step: Step, strategy: Strategy, asked: Request, ran: Request) -> tuple[str, str]:
+        """Return what a step changed, as it was asked and as it ran."""
+        usual = next((s.name for s in self._usual if s.serves.takes(asked)), strategy.name)
+        changes = {
+            "strategy": (usual, strategy.name) if step.strategy else ("", ""),
+            "events": (len(asked.history_items), len(ran.history_items)),
+            "candidates": (len(asked.candidates), len(ran.candidates)),
+        }
+        parts = [(f"{key}={before}", f"{key}={after}") for key, (before, after) in changes.items() if before != after]
+        return " ".join(before for before, _ in parts), " ".join(after for _, after in parts)
 
     def backlog_s(self, device: str) -> float:
         """Return the time until the requests on a device are answered."""

@@ -317,7 +317,8 @@ def _parameters(answers: list[Answer]) -> dict[str, Any]:
     if len(engine_ms) == len(done):
         parameters["engine_ms"] = round(max(engine_ms), 3)
     if any(a.degraded for a in answers):
-        parameters["degraded"] = joined([a.degraded for a in answers])
+        for name in ("degraded", "asked", "ran"):
+            parameters[name] = joined([getattr(a, name) for a in answers])
         worst = max(answers, key=lambda a: max(a.loss.values(), default=0.0))
         parameters |= worst.loss
     if failed := [line for a in answers for line in a.failed]:

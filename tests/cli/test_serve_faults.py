@@ -155,6 +155,10 @@ def test_overload_degrades_first_and_then_refuses(tensors: dict[str, np.ndarray]
         degraded = [p for p in answered if "degraded" in p]
         assert server.metric("grbench_degraded_total") <= len(degraded)
         assert all(p["strategy"] == "cheap" or p["auc_loss_pct"] == 0.3 for p in degraded)
+        assert {(p["degraded"], p["asked"], p["ran"]) for p in degraded} <= {
+            ("half", f"candidates={tensors['NUM_CANDIDATES'][0]}", "candidates=4"),
+            ("cheap", "strategy=slow", "strategy=cheap"),
+        }
         status, answer, _ = server.infer(tensors, deadline_ms=1.0)
         assert status == 429 and "deadline" in answer["error"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import math
 import threading
@@ -386,7 +387,40 @@ def test_a_strategy_of_a_step_is_named_as_degraded() -> None:
             answer = await both.answer(request(), math.inf)
             assert (answer.strategy, answer.reason, answer.degraded) == ("cheap", reason, "small")
             assert answer.loss == {"auc_loss_pct": 0.3}
+            assert (answer.asked, answer.ran) == ("strategy=usual", "strategy=cheap")
         await asyncio.gather(usual.close(1.0), cheap.close(1.0))
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    "step, asked, ran",
+    [
+        (Step("s", max_history=2), "events=16", "events=2"),
+        (Step("s", max_candidates=1), "candidates=16", "candidates=1"),
+        (Step("s", stale_state=True), "events=16", "events=1"),
+    ],
+)
+def test_a_degraded_answer_says_what_was_asked_and_what_ran(step: Step, asked: str, ran: str) -> None:
+    """The whole request costs 10 s, and anything smaller nothing."""
+    many = dataclasses.replace(request().with_events(np.zeros(16, np.int64)), candidates=np.full(16, GOOD))
+
+    async def work() -> None:
+        one = made(Engine())
+        one.spec.cache = SimpleNamespace(name="lru")
+        both = controller(one, steps=[step])
+        first = await both.answer(request(), math.inf)  # the user's state has its one event
+        assert (first.degraded, first.asked, first.ran) == ("", "", "")
+
+        class Whole(Costs):
+            def each_s(self, kind: Kind) -> float:
+                return 10.0 if kind == one.kind_of(many) else 0.0
+
+        one.costs = Whole(0.0, {})
+        answer = await both.answer(many, time.perf_counter() + 5.0)
+        assert (answer.degraded, answer.asked, answer.ran) == ("s", asked, ran)
+        assert len(answer.done.reply.scores) == (1 if step.max_candidates else 16)
+        await one.close(1.0)
 
     run(work)
 
