@@ -1,7 +1,8 @@
 """Measured costs of a strategy: what a batch takes, by the lengths of its requests.
 
-A batch takes a fixed time, and a time for each request that depends on its tokens (in classes that double in width) and
-on whether the user's state is cached. Both are measured before the strategy serves, and follow every batch after that.
+A batch takes a fixed time, and a time for each request. That depends on the events of its history and on its
+candidates, each in classes that double in width, and on whether the user's state is cached. Both are measured before
+the strategy serves, and follow every batch after that.
 """
 
 from __future__ import annotations
@@ -18,12 +19,23 @@ MOST_CHANGE = 4.0  # of one batch: a pause of the machine is no new cost
 class Kind(NamedTuple):
     """A class of requests that cost about the same."""
 
-    tokens: int  # bits of the number of tokens
+    events: int  # bits of the number of events
+    candidates: int = 0  # the same of candidates: they cost otherwise, and a cached state does not save them
     cached: bool = False
 
     @classmethod
     def of(cls, request: Request, cached: bool = False) -> Kind:
-        return cls((len(request.history_items) + len(request.candidates)).bit_length(), cached)
+        return cls(len(request.history_items).bit_length(), len(request.candidates).bit_length(), cached)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a request, with both numbers rounded up to the ends of their classes; at least 1."""
+        return max(sum(1 << bits for bits in (self.events, self.candidates) if bits), 1)
+
+    def distance(self, other: Kind) -> tuple[int, bool]:
+        """Return how unlike two kinds are, to be compared."""
+        apart = abs(self.events - other.events) + abs(self.candidates - other.candidates)
+        return apart, self.cached != other.cached
 
 
 class Costs:
@@ -52,11 +64,11 @@ class Costs:
         return cls(sorted(fixed)[len(fixed) // 2], each)
 
     def each_s(self, kind: Kind) -> float:
-        """Return what a request adds to a batch. A kind not seen yet costs as the nearest one, by its tokens."""
+        """Return what a request adds to a batch. A kind not seen yet costs as a token of the nearest one does."""
         if (known := self._each_s.get(kind)) is not None:
             return known
-        near = min(self._each_s, key=lambda k: (abs(k.tokens - kind.tokens), k.cached != kind.cached))
-        return self._each_s[near] * 2.0 ** (kind.tokens - near.tokens)
+        near = min(self._each_s, key=kind.distance)
+        return self._each_s[near] * kind.tokens / near.tokens
 
     def batch_s(self, kinds: Iterable[Kind]) -> float:
         """Return what a batch of these requests takes."""
@@ -72,5 +84,12 @@ class Costs:
 
     def table(self) -> list[dict[str, float | int | bool]]:
         """Return the costs for people: milliseconds by kind."""
-        rows = sorted(self._each_s.items())
-        return [{"tokens_below": 1 << k.tokens, "cached": k.cached, "ms": round(s * 1e3, 4)} for k, s in rows]
+        return [
+            {
+                "events_below": 1 << kind.events,
+                "candidates_below": 1 << kind.candidates,
+                "cached": kind.cached,
+                "ms": round(seconds * 1e3, 4),
+            }
+            for kind, seconds in sorted(self._each_s.items())
+        ]

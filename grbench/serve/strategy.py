@@ -236,7 +236,7 @@ class Strategy:
                     one.fail(outside(error))
                 continue
             cached = result.cached[i] if result.cached else Cached()
-            kinds.append(Kind(one.kind.tokens, 2 * cached.tokens > cached.of))
+            kinds.append(one.kind._replace(cached=2 * cached.tokens > cached.of))
             self._remember(ticket.request)
             if one.future.done():  # its client has left
                 continue

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +44,7 @@ from grbench.serve.protocol import DTYPES, INLINE, number_of, parse_call, shape_
 from grbench.serve.requests import INPUTS, Bounds, decode, events_of
 from grbench.serve.rpc import Rpc, messages
 from grbench.serve.state import Histories, History
-from grengines.api import Catalogue
+from grengines.api import Catalogue, Request
 from grengines.remote.client import Client
 from grengines.remote.engine import Servers
 
@@ -623,6 +624,34 @@ def test_costs_follow_what_batches_take() -> None:
     before = costs.batch_s([Kind(5)])
     costs.observe([Kind(5)], 100.0)  # a pause
     assert costs.batch_s([Kind(5)]) < 1.5 * before
+
+
+def test_candidates_are_priced_apart_from_events() -> None:
+    """An event takes 1 ms and a candidate 4, so 90 candidates cost unlike 90 events. All requests have 100 tokens."""
+
+    def one(events: int, candidates: int) -> Request:
+        its = np.zeros(events, np.int64)
+        weights = its.astype(np.float32)
+        return Request(0, 0, its, its, weights, its, 0, np.zeros(candidates, np.int64), 0, 0.0, math.inf)
+
+    def seconds(requests: Sequence[Request]) -> float:
+        return 0.010 + sum(len(r.history_items) * 1e-3 + len(r.candidates) * 4e-3 for r in requests)
+
+    many, long = one(10, 90), one(90, 10)
+    costs = Costs.measured([many, long], 4, seconds)
+    assert costs.batch_s([Kind.of(many)]) == pytest.approx(0.010 + 0.370)
+    assert costs.batch_s([Kind.of(long)]) == pytest.approx(0.010 + 0.130)
+    assert [(row["events_below"], row["candidates_below"], row["ms"]) for row in costs.table()] == [
+        (16, 128, pytest.approx(370)),
+        (128, 16, pytest.approx(130)),
+    ]
+    for _ in range(200):  # the candidates become twice as dear, the events do not
+        costs.observe([Kind.of(many)], 0.010 + 0.740)
+        costs.observe([Kind.of(long)], 0.010 + 0.130)
+    assert costs.batch_s([Kind.of(many)]) > 4 * costs.batch_s([Kind.of(long)])
+    few = Costs(0.0, {Kind(7, 4): 0.130})  # of another kind the tokens count until it is measured
+    assert few.each_s(Kind(4, 7)) == pytest.approx(0.130)
+    assert few.each_s(Kind(7, 7)) == pytest.approx(0.130 * 256 / 144)
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
