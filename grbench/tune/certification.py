@@ -81,7 +81,7 @@ def plan(goal: Goal, evaluator: Evaluator, trial: Trial) -> list[Wanted]:
     if (first := _first_step(goal, trial)) is None:
         return []
     planned = _with_room(goal, evaluator, trial, first, [SHARE, MOST])
-    return [] if planned is None else certifying(goal, trial, planned)
+    return [] if planned is None else certifying(goal, evaluator, trial, planned)
 
 
 def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = quiet) -> Certificate | None:
@@ -145,7 +145,7 @@ def _with_room(goal: Goal, evaluator: Evaluator, trial: Trial, step: int, shares
     lower = range(step, min(_lowest(goal, trial, step), step - 1), -1)
     for margin, share in itertools.product((MARGIN, LEAST_MARGIN), shares):
         for tried in (Try(s, margin) for s in lower):
-            if evaluator.share(certifying(goal, trial, tried)) <= share + ROUNDING:
+            if evaluator.share(certifying(goal, evaluator, trial, tried)) <= share + ROUNDING:
                 return tried
     return None
 
@@ -157,8 +157,8 @@ def _lower_if_last(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try,
     Until a figure was beyond its limit it is `STEPS` below the first.
     """
     most = LAST if beyond else max(attempt.step - (_first_step(goal, trial) or attempt.step) + STEPS, 0)
-    first = certifying(goal, trial, attempt)[:1]
-    following = certifying(goal, trial, dataclasses.replace(attempt, step=attempt.step - STEPS))
+    first = certifying(goal, evaluator, trial, attempt)[:1]
+    following = certifying(goal, evaluator, trial, dataclasses.replace(attempt, step=attempt.step - STEPS))
     if goal.rate is not None or evaluator.share(first) + evaluator.share(following) <= evaluator.left() + ROUNDING:
         return attempt
     lower = (dataclasses.replace(attempt, step=step) for step in range(attempt.step - most, attempt.step))
@@ -178,7 +178,7 @@ def _score_at(knowledge: Knowledge, trial: Trial, step: int) -> float:
 
 def _missing(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try) -> str:
     """Return in words what the budget lacks for a try; "": nothing."""
-    wanted = certifying(goal, trial, attempt)
+    wanted = certifying(goal, evaluator, trial, attempt)
     if evaluator.share(wanted) <= max(evaluator.left(), 0.0) + evaluator.grace + ROUNDING:
         return ""
     requests = f"{wanted[0][1].requests:,} requests"
@@ -186,9 +186,9 @@ def _missing(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try) -> st
     return f"{runs} at {rates.rate_of(attempt.step):.4g} requests/s take {evaluator.budget_for(wanted)}"
 
 
-def certifying(goal: Goal, trial: Trial, attempt: Try) -> list[Wanted]:
+def certifying(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try) -> list[Wanted]:
     """Return the runs that certify a rate, with as many requests as prove it together."""
-    together = attempt.margin * requests_needed(goal.limits, trial, attempt.step)
+    together = attempt.margin * requests_needed(goal.limits, evaluator, trial, attempt.step)
     requests = max(CERTIFIED, math.ceil(together / goal.runs / 1000) * 1000)
     return [(trial.configuration, Probe(rates.rate_of(attempt.step), requests, SEED + run)) for run in range(goal.runs)]
 
@@ -213,7 +213,7 @@ def _runs(
         return outcome, f"in the run with seed +{probe.seed}: {why}"
 
     outcomes: list[Outcome] = []
-    wanted: list[Wanted] = certifying(goal, trial, attempt)
+    wanted: list[Wanted] = certifying(goal, evaluator, trial, attempt)
     while True:
         evaluator.together(wanted)
         for number, (_, probe) in enumerate(wanted):
@@ -229,7 +229,8 @@ def _runs(
         unproven = next(((verdict, limit) for verdict, limit in verdicts if limit is not None), None)
         if unproven is None:
             return outcomes, found, ""
-        further = (_further(goal, trial, attempt.step, outcomes, found, margin) for margin in (AGAIN, LEAST_MARGIN))
+        margins = (AGAIN, LEAST_MARGIN)
+        further = (_further(goal, evaluator, trial, attempt.step, outcomes, found, margin) for margin in margins)
         wanted = next((runs for runs in further if evaluator.share(runs) <= evaluator.left() + ROUNDING), [])
         if not wanted:
             verdict, limit = unproven
@@ -237,7 +238,7 @@ def _runs(
 
 
 def _further(
-    goal: Goal, trial: Trial, step: int, outcomes: list[Outcome], found: Outcome, margin: float
+    goal: Goal, evaluator: Evaluator, trial: Trial, step: int, outcomes: list[Outcome], found: Outcome, margin: float
 ) -> list[Wanted]:
     """Return one more run, with the requests that an interval of all runs still needs; none after such a one.
 
@@ -246,7 +247,10 @@ def _further(
     """
     had = sum(round(outcome.metrics["samples"]) for outcome in outcomes)
     lacks = any(limit.metric.startswith(POOLED) and limit.metric not in found.intervals for limit in goal.limits)
-    more = margin * requests_needed(goal.limits, trial, step) - had if lacks else had if goal.rate is not None else 0
+    if lacks:
+        more = margin * requests_needed(goal.limits, evaluator, trial, step) - had
+    else:
+        more = had if goal.rate is not None else 0
     if more <= 0 or len(outcomes) > goal.runs:
         return []
     requests = max(CERTIFIED, math.ceil(more / 1000) * 1000)

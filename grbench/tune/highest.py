@@ -75,7 +75,7 @@ class HighestRate:
         """Return True unless even a longer probe at the best rate is worth too little for an interval."""
         if trial.low is None:
             return True
-        needed = requests_needed(self._knowledge.goal.limits, trial, trial.low)
+        needed = requests_needed(self._knowledge.goal.limits, self._probes.evaluator, trial, trial.low)
         return needed <= self._probes.probe(trial.low, LONGER).requests
 
     def _far_below(self, trial: Trial) -> bool:

@@ -30,7 +30,8 @@ from grbench.tune.limits import LARGER
 from grbench.tune.outcome import UNJUDGED, BudgetSpentError, Configuration, Outcome, Probe, Wanted
 from grbench.tune.probes import OFFLINE
 from grbench.tune.starts import FIRST_S, Starts
-from grbench.tune.worth import pooled, worst
+from grbench.tune.worth import pooled, worst, worth_of_a_request
+from grbench.workloads.config import RecordedConfig
 from grengines.cache.config import stored
 
 BATCHING = ("max_batch", "max_wait_ms", "in_flight", "order")  # options that every scenario has
@@ -78,6 +79,7 @@ class LiveEvaluator:
         self._quality: dict[str, dict[str, float]] = {}
         self._quality_ends: dict[str, dict[str, list[float]]] = {}  # their intervals
         self._measured: dict[tuple[Configuration, Probe], Outcome] = {}
+        self._alike: dict[tuple[tuple[Path | None, ...], float], float] = {}  # by the folders and the percentile
         self._earlier = _by_strategy(root)
         self._base = _quality_class(next(iter(specs.values())))  # of the default configuration
         limits = declared.goal.limits
@@ -172,6 +174,19 @@ class LiveEvaluator:
         except ReportError as e:
             self._say(f"{e}; until then the worst run stands for all")
             return worst(outcomes)
+
+    def alike(self, probes: Sequence[Outcome], percent: float) -> float:
+        """Return the independent samples that a request is worth; 0 for drawn events, which another seed changes."""
+        from grbench.report.frame import ReportError
+
+        key = (tuple(outcome.folder for outcome in probes), percent)
+        if key not in self._alike and isinstance(next(iter(self._specs.values())).workload, RecordedConfig):
+            try:
+                self._alike[key] = worth_of_a_request([latencies_of(outcome.folder) for outcome in probes], percent)
+            except ReportError as e:
+                self._say(f"{e}; until then certifying runs are planned without it")
+                self._alike[key] = 0.0
+        return self._alike.get(key, 0.0)
 
     def _measure(self, wanted: Sequence[Wanted]) -> None:
         """Measure the probes that were not yet measured, beside each other. Raises BudgetSpentError."""

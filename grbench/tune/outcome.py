@@ -112,6 +112,12 @@ class Evaluator(Protocol):
     def pool(self, outcomes: Sequence[Outcome]) -> Outcome:
         """Return what runs with several seeds show together: percentiles of all latencies, and figures of the worst."""
 
+    def alike(self, probes: Sequence[Outcome], percent: float) -> float:
+        """Return the independent samples that a request is worth, by how probes of one trace at other rates differ.
+
+        0: not known, or each certifying run has a trace of its own.
+        """
+
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
         """Return the outcomes that earlier searches measured of a configuration; they cost nothing."""
 

@@ -31,17 +31,17 @@ class Probes:
     """Measures trials. What it finds goes into the knowledge of the search."""
 
     def __init__(self, knowledge: Knowledge, evaluator: Evaluator, progress: Progress) -> None:
-        self._knowledge, self._evaluator, self._progress = knowledge, evaluator, progress
+        self._knowledge, self.evaluator, self._progress = knowledge, evaluator, progress
 
     @property
     def places(self) -> int:
         """Probes that are measured at a time."""
-        return self._evaluator.places
+        return self.evaluator.places
 
     def offline(self, trial: Trial) -> Task[None]:
         """Probe all requests at once, unless that is known or the quality is not enough."""
         bounds = [limit for limit in self._knowledge.goal.limits if limit.metric.startswith("quality/")]
-        if bounds and (quality := self._evaluator.quality(trial.configuration)):
+        if bounds and (quality := self.evaluator.quality(trial.configuration)):
             known = Outcome("OK", quality)
             verdict, limit = judge([limit for limit in bounds if limit.metric in quality], known)
             if verdict is Verdict.BROKEN and limit is not None:
@@ -92,19 +92,19 @@ class Probes:
 
     def _affordable(self, wanted: Sequence[Wanted]) -> int:
         """Return how many of the probes the budget has room for. Raises BudgetSpentError if for none."""
-        left = self._evaluator.left() - reserve(self._knowledge, self._evaluator) + ROUNDING
+        left = self.evaluator.left() - reserve(self._knowledge, self.evaluator) + ROUNDING
         probes = [(trial.configuration, probe) for trial, probe in wanted]
-        fitting = [count for count in range(1, len(probes) + 1) if self._evaluator.share(probes[:count]) <= left]
+        fitting = [count for count in range(1, len(probes) + 1) if self.evaluator.share(probes[:count]) <= left]
         if not fitting:
             raise BudgetSpentError
         return fitting[-1]
 
     def _measure(self, wanted: Sequence[Wanted]) -> list[Verdict | None]:
         """Measure probes beside each other and take the outcomes in their order. Returns the verdicts."""
-        self._evaluator.together([(trial.configuration, probe) for trial, probe in wanted])
+        self.evaluator.together([(trial.configuration, probe) for trial, probe in wanted])
         verdicts = []
         for trial, probe in wanted:
-            outcome = self._evaluator.evaluate(trial.configuration, probe)
+            outcome = self.evaluator.evaluate(trial.configuration, probe)
             verdict = self._knowledge.note(trial, probe, outcome)
             self._progress(trial, probe, outcome, verdict)
             verdicts.append(verdict)

@@ -145,6 +145,9 @@ class Replay:
     def pool(self, outcomes: Sequence[Outcome]) -> Outcome:
         return pooled(outcomes, [self._latencies[id(outcome)] for outcome in outcomes])
 
+    def alike(self, probes: Sequence[Outcome], percent: float) -> float:
+        return 0.0
+
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
         return ()
 

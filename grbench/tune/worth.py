@@ -12,17 +12,17 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from grbench.execution.stats import PERCENTILES, WORTH, percentile_of_runs, samples_for_interval
+from grbench.execution.stats import PERCENTILES, WORTH, percentile_of_runs, samples_for_interval, samples_of_runs
 from grbench.tune import rates
 from grbench.tune.limits import PERCENTILE, Limit
-from grbench.tune.outcome import Outcome
+from grbench.tune.outcome import Evaluator, Outcome
 from grbench.tune.trial import Trial
 
 POOLED = "latency_ms/"  # begins the names of figures that are judged over the latencies of all runs
 BUSIEST = 0.9  # share of the capacity, at most: of less that is free the offline rate is no measure
 
 
-def requests_needed(limits: Sequence[Limit], trial: Trial, step: int) -> int:
+def requests_needed(limits: Sequence[Limit], evaluator: Evaluator, trial: Trial, step: int) -> int:
     """Return the fewest requests at a step of which every limited percentile has an interval; 0: not known.
 
     They go by the worth of the trial's nearest run at this step or above: of those that certify, if there is one. A
@@ -34,10 +34,37 @@ def requests_needed(limits: Sequence[Limit], trial: Trial, step: int) -> int:
         percentile, name = PERCENTILE.match(limit.metric), f"{limit.metric}{WORTH}"
         above = min((s for s, outcome in known.items() if s >= step and name in outcome.metrics), default=None)
         if percentile and above is not None:
-            metrics = known[above].metrics
-            share = min(metrics[name] / metrics["samples"] * _gain(trial, step, above), 1.0)
-            needed = max(needed, math.ceil(samples_for_interval(float(percentile[2])) / share))
+            percent, metrics = float(percentile[2]), known[above].metrics
+            worth = metrics[name] / metrics["samples"]
+            if not longest and limit.metric.startswith(POOLED):
+                worth = math.sqrt(worth * max(worth, _beside_the_nearest(evaluator, trial, above, percent)))
+            share = min(worth * _gain(trial, step, above), 1.0)
+            needed = max(needed, math.ceil(samples_for_interval(percent) / share))
     return needed
+
+
+def _beside_the_nearest(evaluator: Evaluator, trial: Trial, step: int, percent: float) -> float:
+    """Return what a request of a probe is worth beside that at the nearest other rate; 0: not known.
+
+    It is too much: probes have one seed, so that their arrivals are the same, but for the rate, as their visits are.
+    What a probe alone shows is too little, because it takes the alikeness of the visits for noise. The truth is
+    between: in simulated queues the geometric mean of both is within a factor of 2 (tests/unit/test_search.py).
+    """
+    others = [s for s, outcome in trial.probes.items() if s != step and f"{POOLED}p{percent:g}" in outcome.metrics]
+    if not others:
+        return 0.0
+    nearest = min(others, key=lambda other: abs(other - step))
+    return evaluator.alike([trial.probes[s] for s in sorted((step, nearest))], percent)
+
+
+def worth_of_a_request(latencies_ms: Sequence[npt.NDArray[np.float64]], percent: float) -> float:
+    """Return the independent samples that a request of probes at several rates is worth, by their differences.
+
+    latencies_ms: [samples] of each, in the order of requests. Latencies are longer at a higher rate, so those of each
+    are compared by their ranks.
+    """
+    ranks = [np.argsort(np.argsort(its, kind="stable")) / len(its) for its in latencies_ms]
+    return samples_of_runs(ranks, percent) / sum(map(len, ranks))
 
 
 def _gain(trial: Trial, step: int, above: int) -> float:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.signal import lfilter
 
 from grbench import deployment
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError
-from grbench.execution import energy
+from grbench.execution import energy, stats
 from grbench.report.page import Text
 from grbench.tune import answer, config, deploy, legal, limits, page, rates, space
 from grbench.tune.certification import Certificate, certify, reserve
@@ -26,7 +28,7 @@ from grbench.tune.replay import Grid, Measured, replay
 from grbench.tune.search import Search
 from grbench.tune.surrogate import Surrogate
 from grbench.tune.trial import Batching, Goal, Trial
-from grbench.tune.worth import requests_needed, worst
+from grbench.tune.worth import requests_needed, worst, worth_of_a_request
 
 P99 = Limit("latency_ms/p99", 80.0)
 
@@ -77,6 +79,9 @@ class Capacities:
 
     def pool(self, outcomes: Sequence[Outcome]) -> Outcome:
         return worst(outcomes)
+
+    def alike(self, probes: Sequence[Outcome], percent: float) -> float:
+        return 0.0
 
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
         return self.earlier.get(configuration, [])
@@ -408,11 +413,71 @@ def test_runs_that_are_worth_less_than_planned_are_followed_by_one_more_at_the_s
 def test_runs_that_certify_tell_better_than_probes_what_a_request_is_worth() -> None:
     """A short probe at a lower rate shows a worth of 0.1 a request, and the long run above it 0.01."""
     trial, low, high = Trial(ALL[0]), rates.step_below(50.0), rates.step_below(60.0)
+    evaluator = Capacities(CAPACITY)
     for runs, step, samples, worth in ((trial.probes, low, 1000.0, 100.0), (trial.certifying, high, 50_000.0, 500.0)):
         runs[step] = Outcome("OK", {"samples": samples, "latency_ms/p99_worth": worth})
-    assert requests_needed([P99], trial, low) == pytest.approx(368 / 0.01, abs=1)
+    assert requests_needed([P99], evaluator, trial, low) == pytest.approx(368 / 0.01, abs=1)
     trial.certifying.clear()
-    assert requests_needed([P99], trial, low) == pytest.approx(368 / 0.1, abs=1)
+    assert requests_needed([P99], evaluator, trial, low) == pytest.approx(368 / 0.1, abs=1)
+
+
+def test_two_probes_of_one_trace_tell_what_in_them_is_the_traces() -> None:
+    """A trace of 4000 visits drifts, so that a run alone is worth little; noise is of its own at each rate."""
+    rng = np.random.default_rng(4)
+    drift = np.repeat(rng.standard_normal(40), 100)
+    latencies = [scale * np.exp(drift + rng.standard_normal(4000)) for scale in (10.0, 15.0)]
+
+    class Recorded(Capacities):
+        def alike(self, probes: Sequence[Outcome], percent: float) -> float:
+            assert [found.metrics["rate"] for found in probes] == [50.0, 60.0]
+            return worth_of_a_request(latencies, percent)
+
+    evaluator, trial, low, high = Recorded(CAPACITY), Trial(ALL[0]), rates.step_below(50.0), rates.step_below(60.0)
+    found = [stats.latency_summary(its, arrivals_s=np.arange(4000.0)).metrics for its in latencies]
+    trial.probes[low] = Outcome("OK", found[0] | {"samples": 4000.0, "rate": 50.0})
+    own, alone = found[0]["latency_ms/p99_worth"] / 4000, requests_needed([P99], evaluator, trial, low)
+    assert alone == math.ceil(368 / own) and own < 0.1
+    trial.probes[high] = Outcome("OK", found[1] | {"samples": 4000.0, "rate": 60.0})
+    apart = evaluator.alike([trial.probes[low], trial.probes[high]], 99.0)
+    assert apart > 0.7  # noise has no memory
+    assert requests_needed([P99], evaluator, trial, low) == math.ceil(368 / math.sqrt(own * apart)) < alone / 2
+    trial.certifying[low] = Outcome("OK", {"samples": 4000.0, "latency_ms/p99_worth": 40.0})
+    assert requests_needed([P99], evaluator, trial, low) == 36_800  # a run that certifies says better
+
+
+@pytest.mark.parametrize("low, high, noise", [(380.0, 450.0, 0.05), (610.0, 720.0, 0.3)])
+def test_what_two_probes_plan_is_near_what_certifying_runs_are_worth(low: float, high: float, noise: float) -> None:
+    """Queues of recorded visits whose work is alike over 200 requests. Probes have the same gaps between arrivals."""
+    rng = np.random.default_rng(5)
+    planned, alone, true = [], [], []
+    for _ in range(6):
+        count, short = 16_000, 4000
+        work = np.exp(0.5 * lfilter([0.1], [1.0, -0.995], rng.standard_normal(count)))
+
+        done = np.r_[0.0, np.cumsum(work / work.mean())]
+
+        def queue(rate: float, gaps: np.ndarray, done: np.ndarray = done) -> np.ndarray:
+            ended = 0
+
+            def service(size: int) -> float:
+                nonlocal ended
+                ended += size
+                return (0.0015 + 0.0009 * (done[ended] - done[ended - size])) * np.exp(noise * rng.standard_normal())
+
+            return latencies_ms(np.cumsum(gaps) / rate, service, 8, 0.0)
+
+        gaps = rng.exponential(size=short)
+        probes = [queue(rate, gaps) for rate in (low, high)]
+        runs = [queue(low, rng.exponential(size=count)) for _ in range(2)]
+        own, apart = (
+            stats.independent_samples(probes[0], np.arange(short), 99.0) / short,
+            worth_of_a_request(probes, 99.0),
+        )
+        planned.append(math.sqrt(own * max(own, apart)))
+        alone.append(own)
+        true.append(stats.samples_of_runs(runs, 99.0) / (2 * count))
+    near, before = (np.exp(np.log(its).mean() - np.log(true).mean()) for its in (planned, alone))
+    assert before < 0.8 and 0.5 < near < 2.0
 
 
 def test_a_run_that_proves_nothing_alone_is_followed_by_those_with_which_it_does() -> None:
@@ -512,7 +577,7 @@ def test_a_budget_without_room_for_the_usual_margin_certifies_with_the_requests_
     certificate = certify(search, evaluator)
     assert certificate is not None and certificate.together.metrics["latency_ms/p99_worth"] >= 368
     assert certificate.requests * len(certificate.outcomes) < 2 * requests_needed(
-        search.goal.limits, search.trials[0], certificate.step
+        search.goal.limits, evaluator, search.trials[0], certificate.step
     )
     assert evaluator.left() >= 0
 

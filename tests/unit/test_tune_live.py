@@ -127,6 +127,27 @@ def test_runs_are_judged_by_the_latencies_in_their_files(tmp_path: Path) -> None
     assert "not readable as parquet" in lines[0] and lines[0].endswith("until then the worst run stands for all")
 
 
+def test_probes_of_recorded_visits_are_compared_request_by_request(tmp_path: Path) -> None:
+    """Cells of several rates have the same latencies but for a scale, so that nothing but the trace is alike."""
+    for scale in (1, 2):
+        write_cell(tmp_path / str(scale), scale=float(scale))
+    lines: list[str] = []
+    measures = evaluator(Measured(tmp_path, {}), tmp_path / "none", say=lines.append)
+    one, other, lost = (Outcome("OK", folder=tmp_path / name) for name in ("1", "2", "3"))
+    assert measures.alike([one, other], 99.0) == 1.0  # no difference
+    samples = load_samples(tmp_path / "2")
+    samples["latency_ms"] = np.repeat(np.random.default_rng(0).random(150), 10)
+    samples.to_parquet(tmp_path / "2" / records.SAMPLES_FILE)
+    assert measures.alike([one, other], 99.0) == 1.0  # as it was read
+    ranks = [np.argsort(np.argsort(load_samples(tmp_path / name)["latency_ms"], kind="stable")) for name in "12"]
+    expected = stats.samples_of_runs([its / 1500 for its in ranks], 90.0) / 3000
+    assert measures.alike([one, other], 90.0) == expected < 0.3
+    assert measures.alike([one, lost], 90.0) == measures.alike([one, lost], 90.0) == 0.0
+    assert len(lines) == 1 and "no such file" in lines[0]
+    drawn = evaluator(Measured(tmp_path, {}), tmp_path / "none", "workload=synthetic")
+    assert drawn.alike([one, other], 90.0) == 0.0  # another seed draws other events
+
+
 def test_latencies_are_in_the_order_in_which_requests_were_issued(tmp_path: Path) -> None:
     """Runs are compared request by request, and answers may end in another order."""
     write_cell(tmp_path / "1")
