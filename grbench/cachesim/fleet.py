@@ -26,6 +26,14 @@ class FleetConfig:
     launch_ms: float = option(
         0.0, "time of a batch that its computation does not hide: packing and launches", ge=0, le=1e6
     )
+    eager_ms: float = option(
+        0.0, "time in which the host launches the kernels of a batch without a CUDA graph, which takes no less: the "
+        "median `launches` of actual.graph_costs_ms of a record", ge=0, le=1e6,
+    )  # fmt: skip
+    eager_share: float = option(
+        1.0, "share of the batches that have no CUDA graph: of a record's engine/eager_batches and graph_batches",
+        ge=0, le=1,
+    )  # fmt: skip
     batch: float = option(8.0, "requests of a batch, on average", ge=1)
     copy_gb_s: float = option(
         54.0, "bandwidth between a GPU and its host, each way: actual.cache_copy_gb_s of a record", ge=0.001
@@ -52,6 +60,8 @@ def plan(fleet: FleetConfig, demand: Demand, tiers: Sequence[str]) -> dict[str, 
 
     Of the lower tiers' states the share is loaded that takes as long as computing all else meanwhile, as
     `cache.onload_share=0` does, or everything. Copies to the host take no time from the GPU until they fill the link.
+    A batch without a graph takes as long as the GPU or as launching its kernels, whichever is longer; all batches
+    are taken to have the mean size.
     """
     whole_s = demand.tokens * fleet.compute_us_a_token / 1e6
     bandwidth = fleet.copy_gb_s * 1e9
@@ -59,7 +69,9 @@ def plan(fleet: FleetConfig, demand: Demand, tiers: Sequence[str]) -> dict[str, 
     gain_s = whole_s * demand.lower_saved
     loaded = min(left_s / (gain_s + copy_s), 1.0) if copy_s else 0.0
     down_s = demand.written[0] / bandwidth if demand.written else 0.0
-    busy_s = max(left_s - loaded * gain_s, down_s) + fleet.launch_ms / 1e3 / fleet.batch
+    gpu_s = max(left_s - loaded * gain_s, down_s)
+    late_s = max(fleet.eager_ms / 1e3 / fleet.batch - gpu_s, 0.0)  # what launches take beyond that
+    busy_s = gpu_s + fleet.eager_share * late_s + fleet.launch_ms / 1e3 / fleet.batch
     gpus = math.ceil(fleet.rate * busy_s * demand.imbalance / fleet.busy)
     a_gpu = fleet.rate / gpus
     per_gpu = fleet.users / demand.users / gpus / 1e9
