@@ -496,8 +496,29 @@ def test_a_call_is_a_post(server: Serving) -> None:
 def test_a_server_of_other_items_is_refused(server: Serving) -> None:
     spec, trace = tiny_trace("workload.items=400")
     engine = registry.build(RemoteConfig(url=server.url), spec.model, spec.kernel, trace.catalogue, 0)
-    with pytest.raises(ValueError, match="it has 400 items, and the server's has 500"):
+    serves = rf"engine.url: {server.url} serves task=rank on workload=synthetic with 500 items: hstu \(hstu, fp32\) of"
+    with pytest.raises(ValueError, match=rf"{serves} hstu_tiny, weights: .*\. Asked was a workload of 400 items; give"):
         engine.prepare(trace.requests, 1)
+
+
+def test_a_server_of_another_task_or_seed_is_refused(server: Serving) -> None:
+    """Random weights are those of a seed. A task is refused when it is asked for."""
+    spec, trace = tiny_trace()
+
+    def made(seed: int, weights: str | None = None) -> Any:
+        model = replace(spec.model, weights=weights)
+        return registry.build(RemoteConfig(url=server.url), model, spec.kernel, trace.catalogue, seed)
+
+    with pytest.raises(ValueError, match=r"weights: random, seed 0\. Asked was a model .* seed 3;"):
+        made(3).prepare(trace.requests, 1)
+    with pytest.raises(ValueError, match=r"Asked was a model whose weights are trained\.safetensors; give the task"):
+        made(0, "trained.safetensors").prepare(trace.requests, 1)
+    engine = made(0)
+    engine.prepare(trace.requests, 1)
+    assert len(engine.rank(trace.requests[:2]).scores) == 2
+    for task in ("generate", "recommend"):
+        with pytest.raises(ValueError, match=rf"serves task=rank on .*\. Asked was task={task}; give the task"):
+            getattr(engine, task)(trace.requests[:1])
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from grengines.remote.config import RemoteConfig
 COARSEST = ("fp8", "int8", "bf16", "fp16", "fp32")
 START = "start one: grbench serve engine=hstu"
 KEY = "set engine.api_key_file=FILE, with one of its keys"
+RANDOM = "random, seed "  # weights that a server did not read from a file
 RESTART = "look into the server's log, start it if it has ended, and type the command again"
 
 
@@ -65,17 +66,15 @@ class RemoteEngine:
     def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
         """Wait until the servers are ready. Raises UnavailableError if one is not, ValueError if one serves others."""
         self._max_batch = max_batch
-        own = self._setup.catalogue.num_items
         for place, client in enumerate(self._servers.clients):
             try:
                 client.wait_until_ready(self._options.timeout_s, self._setup.report)
                 status = client.status()
             except ServerError as e:
                 raise UnavailableError(f"engine.url: {e}; {KEY if e.status == 401 else START}") from None
-            if (served := status["items"]) != own:
-                raise ValueError(
-                    f"workload: it has {own} items, and the server's has {served}; give the options of the server"
-                )
+            if asked := self._unlike(status):
+                url = (self._options.url, *self._options.more_urls)[place]
+                raise ValueError(_other(url, status, asked))
             self._status = self._status or status
             if (there := _served(status)) != (first := _served(self._status)):
                 raise ValueError(
@@ -83,21 +82,31 @@ class RemoteEngine:
                     f"serves {first}; start both with the same words"
                 )
 
+    def _unlike(self, status: dict[str, Any]) -> str:
+        """Return what was asked and is not the server's, in words; nothing if all is. The gate compares the answers."""
+        if (items := self._setup.catalogue.num_items) != status["items"]:
+            return f"a workload of {items} items"
+        own = getattr(self._setup.retrieval or self._setup.model, "weights", None) or f"{RANDOM}{self._setup.seed}"
+        theirs = {one for strategy in status["strategies"] if (one := strategy["weights"])}
+        if theirs and own not in theirs and any(text.startswith(RANDOM) for text in (own, *theirs)):
+            return f"a model whose weights are {own}"
+        return ""
+
     def rank(self, requests: Sequence[Request]) -> RankResult:
         """Score every candidate of every request. Raises ServerError."""
-        answers, times = self._ask(requests, lambda client: client.rank(requests, self._options.timeout_s * 1e3))
+        answers, times = self._ask("rank", requests)
         tokens = sum(len(r.history_items) + len(r.candidates) for r in requests)
         return RankResult(scores=answers.scores, tokens=tokens, padded_tokens=tokens, **times)
 
     def generate(self, requests: Sequence[Request]) -> GenerateResult:
         """Find the most likely next items of every request. Raises ServerError."""
-        answers, times = self._ask(requests, lambda client: client.generate(requests, self._options.timeout_s * 1e3))
+        answers, times = self._ask("generate", requests)
         tokens = sum(len(r.history_items) for r in requests)
         return GenerateResult(items=answers.items, scores=answers.scores, tokens=tokens, padded_tokens=tokens, **times)
 
     def recommend(self, requests: Sequence[Request]) -> RecommendResult:
         """Find and rank items for every request. Raises ServerError."""
-        answers, times = self._ask(requests, lambda client: client.recommend(requests, self._options.timeout_s * 1e3))
+        answers, times = self._ask("recommend", requests)
         tokens = sum(len(r.history_items) for r in requests)
         return RecommendResult(items=answers.items, scores=answers.scores, tokens=tokens, padded_tokens=tokens, **times)
 
@@ -131,15 +140,17 @@ class RemoteEngine:
     def close(self) -> None:
         """Do nothing: connections end with their threads."""
 
-    def _ask(self, requests: Sequence[Request], call: Callable[[Client], Answers]) -> tuple[Answers, dict[str, Any]]:
+    def _ask(self, task: str, requests: Sequence[Request]) -> tuple[Answers, dict[str, Any]]:
         """Return the answers of a server, and its wait and compute; the transfer is everything else.
 
-        Of several servers `details` counts the requests of each.
+        Of several servers `details` counts the requests of each. Raises ValueError if the server has another task.
         """
+        if self._status and self._status["task"] != task:  # known once it is prepared
+            raise ValueError(_other(self._options.url, self._status, f"task={task}"))
         begun = time.perf_counter()
         with self._servers.least_loaded(len(requests)) as place:
             try:
-                answers = call(self._servers.clients[place])
+                answers = getattr(self._servers.clients[place], task)(requests, self._options.timeout_s * 1e3)
             except ServerError as e:
                 raise e if e.status != NO_ANSWER else ServerError(NO_ANSWER, f"{e}; {RESTART}") from None
         took_ms = (time.perf_counter() - begun) * 1e3
@@ -152,6 +163,16 @@ class RemoteEngine:
         }
         several = len(self._servers.clients) > 1
         return answers, times | ({"details": {f"server_{place + 1}": float(len(requests))}} if several else {})
+
+
+def _other(url: str, status: dict[str, Any], asked: str) -> str:
+    """Return the refusal of a server that serves something else, in one line."""
+    weights = sorted({one for strategy in status["strategies"] if (one := strategy["weights"])})
+    what = f"task={status['task']} on workload={status['workload']} with {status['items']} items: {_served(status)}"
+    return (
+        f"engine.url: {url} serves {what}{', weights: ' if weights else ''}{'; '.join(weights)}. Asked was {asked}; "
+        "give the task, the workload, the model and the seed of the server"
+    )
 
 
 def _served(status: dict[str, Any]) -> str:
