@@ -675,6 +675,14 @@ def test_the_files_of_a_deployment_parse() -> None:
     assert built and all((ROOT / "deployment" / b["context"] / b["dockerfile"]).is_file() for b in built)
 
 
+def test_the_workers_of_a_ray_cluster_are_the_replicas() -> None:
+    """The command is refused where there are fewer GPUs at its start."""
+    job, _ = yaml.safe_load_all((ROOT / "deployment" / "ray.yaml").read_text())
+    [replicas] = re.findall(r"serve\.replicas=(\d+)", job["spec"]["entrypoint"])
+    [workers] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert [workers[key] for key in ("replicas", "minReplicas", "maxReplicas")] == 3 * [int(replicas)]
+
+
 def test_make_starts_and_ends_the_compose_file(tmp_path: Path) -> None:
     compose = "docker compose -f deployment/compose.yaml"
     up = f'GRBENCH_KEY="$(cat deployment/grbench_key)" {compose} up --build --detach --wait server'
