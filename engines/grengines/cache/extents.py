@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from grengines.cache.pool import PoolFullError
 
@@ -62,3 +62,13 @@ def cut(extents: Sequence[Extent], first: int, stop: int) -> Iterator[Extent]:
         if low < high:
             yield begin + low - at, high - low
         at += length
+
+
+def joined(extents: Iterable[Extent]) -> list[Extent]:
+    """Return the runs, one where several follow each other."""
+    found: list[Extent] = []
+    for begin, length in extents:
+        if found and sum(found[-1]) == begin:
+            begin, length = found[-1][0], found.pop()[1] + length
+        found.append((begin, length))
+    return found

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grengines.cache.extents import Extent, Extents, cut
+from grengines.cache.extents import Extent, Extents, cut, joined
 from grengines.cache.history import History
 from grengines.cache.pool import PagePool
 from grengines.cache.storage_file import BLOCK
@@ -409,7 +409,7 @@ class Onload:
         self._runs = [list(_runs(far, i * len(tier._staging[0]), len(ids))) for i, ids in enumerate(self._ids)]
         self._sent: list[tuple[Mark, Mark]] = []  # of each step
         self._waits: list[tuple[Mark, Mark]] = []
-        extents = [extent for source in near for extent in source.extents]
+        extents = joined(extent for source in near for extent in source.extents)
         self._near = list(zip(ids[copied:].split([n for _, n in extents]), extents, strict=True)) if near else []
         self._near_there = [there for source in near for there in source.there]
         self._placed = 0 if near else len(tier.layers)  # layers of prefetched states that are in their pages
@@ -450,11 +450,12 @@ class Onload:
         """Put the prefetched states of layers first to stop - 1 into their pages, in the current stream."""
         if not self._near:
             return
-        tier, begin = self._tier, Mark(self._device)
+        tier = self._tier
         assert tier._ahead is not None
-        for there in self._near_there:
-            there.wait()
         if self._near_there:
+            begin = Mark(self._device)
+            for there in self._near_there:
+                there.wait()
             self._waits.append((begin, Mark(self._device)))
             self._near_there = []
         for ids, (at, n) in self._near:
