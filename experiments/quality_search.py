@@ -108,11 +108,8 @@ RECIPES = {
             ("crop", True, f"training.epochs=40 {MOST} training.crop=1"),
             ("soft", True, f"training.epochs=40 {MOST} training.crop=0.5 training.teacher_temperature=2"),
             ("light", True, f"training.epochs=40 {MOST} training.crop=0.5 training.dropout=0.1"),
-            ("two", True, f"training.epochs=40 {MOST} retrieval.levels=2 retrieval.codes=512"),
-            (
-                "wide", True, f"training.epochs=40 {MOST} training.crop=0.5 model.embedding_dim=256 model.qk_dim=64 "
-                "model.v_dim=64",
-            ),
+            ("two", True, f"training.epochs=40 {MOST} {TWO}"),
+            ("wide", True, f"training.epochs=40 {MOST} training.crop=0.5 {BROAD}"),
             ("long", True, f"training.epochs=100 {MOST} training.crop=0.5"),
             *(
                 (f"big-{name}", True, f"{MOST} {BROAD} training.patience=12 {words}")
@@ -160,7 +157,8 @@ def command(recipe: Recipe, data: Path, out: Path, folder: Path, minutes: float)
     """The words of a recipe's training, which ends within the minutes."""
     every = (training for chain in quality_gpu.chains(data, 1) for training in chain)
     base = next(t.words for t in every if (t.data, t.kind) == (recipe.data, recipe.kind))
-    base = [word for word in base if word not in quality_gpu.TAUGHT]  # what was chosen by these recipes
+    if base[-len(quality_gpu.TAUGHT) :] == quality_gpu.TAUGHT:  # what was chosen by these recipes
+        base = base[: -len(quality_gpu.TAUGHT)]
     words = [*base, *recipe.words.split(), f"training.minutes={minutes:.2f}", f"out={folder}", f"output_root={out}"]
     if recipe.after:
         weights = out / recipe.after / "weights.safetensors"
