@@ -24,7 +24,7 @@ SHARE = 0.6  # of the budget, at most, if there is room for a run that fails, to
 MOST = 0.75  # of the budget that is reserved, at most
 NEAR = rates.steps(1.2)  # below the best, within which the second may become the best again
 STEPS = 2  # by which a rate that fails is lowered first, then twice as many each time
-LAST = 8  # by which the last try that the budget has room for is lowered further, once a figure was beyond its limit
+LAST = 8  # by which a try is lowered, at most, so that the budget has room for another one after it
 SEED = 101
 ROUNDING = 1e-9  # of shares of the budget
 
@@ -103,7 +103,7 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
             missing = missing or without
             tries[id(trial)] = _with_room(goal, evaluator, trial, attempt.step, [evaluator.left()])
             continue
-        attempt = _lower_if_last(goal, evaluator, trial, attempt, beyond)
+        attempt = _with_another(goal, evaluator, trial, attempt, beyond)
         outcomes, found, why = _runs(goal, evaluator, progress, trial, attempt)
         step = attempt.step
         if not why:
@@ -150,19 +150,24 @@ def _with_room(goal: Goal, evaluator: Evaluator, trial: Trial, step: int, shares
     return None
 
 
-def _lower_if_last(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try, beyond: bool) -> Try:
-    """Return a try at a lower step, if the budget has no room for another one after this one fails; else this one.
+def _with_another(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try, beyond: bool) -> Try:
+    """Return a try after which the budget has room for another one: this one, or the highest of up to `LAST` lower.
 
-    It is lower by `LAST` steps, or by fewer if the budget lacks room: 10,000 requests take longer at a lower rate.
-    Until a figure was beyond its limit it is `STEPS` below the first.
+    If there is none, it is the one that takes least of the budget, so that other work is the least likely to come:
+    requests are worth more at a lower rate, but 10,000 of them take longer. Of equal ones, as in a budget of cells, it
+    is the one lower by `LAST`, and until a figure was beyond its limit, `STEPS` below the first.
     """
-    most = LAST if beyond else max(attempt.step - (_first_step(goal, trial) or attempt.step) + STEPS, 0)
-    first = certifying(goal, evaluator, trial, attempt)[:1]
-    following = certifying(goal, evaluator, trial, dataclasses.replace(attempt, step=attempt.step - STEPS))
-    if goal.rate is not None or evaluator.share(first) + evaluator.share(following) <= evaluator.left() + ROUNDING:
+    if goal.rate is not None:
         return attempt
-    lower = (dataclasses.replace(attempt, step=step) for step in range(attempt.step - most, attempt.step))
-    return next((other for other in lower if not _missing(goal, evaluator, trial, other)), attempt)
+
+    def share(step: int) -> float:
+        return evaluator.share(certifying(goal, evaluator, trial, dataclasses.replace(attempt, step=step)))
+
+    steps, left = range(attempt.step, attempt.step - LAST - 1, -1), evaluator.left() + ROUNDING
+    twice = next((step for step in steps if share(step) + share(step - STEPS) <= left), None)
+    fall = LAST if beyond else max(attempt.step - (_first_step(goal, trial) or attempt.step) + STEPS, 0)
+    step = min([attempt.step - fall, *steps], key=share) if twice is None else twice
+    return dataclasses.replace(attempt, step=step)
 
 
 def _score_at(knowledge: Knowledge, trial: Trial, step: int) -> float:
