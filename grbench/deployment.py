@@ -199,11 +199,14 @@ def _problems(deployment: Deployment) -> Iterator[str]:
     for number, step in enumerate(deployment.degrade):
         key = f"degrade[{number}]"
         yield from (f"{key}.{line}" for line in violations(step))
-        for metric in (*step.loss, *step.intervals):
+        for metric in step.loss:
             if not re.fullmatch(LOSS, metric):
                 yield f"{key}.loss.{metric}: no name of a loss; allowed are such as auc_loss, hr10_loss, auc_loss_pct"
         for metric, ends in step.intervals.items():
-            if len(ends) != 2:
+            if metric not in step.loss:
+                its = f"allowed are {', '.join(step.loss)}" if step.loss else f"{key}.loss is empty; give the loss"
+                yield f"{key}.intervals.{metric}: no loss of the step has this name; {its}"
+            elif len(ends) != 2:
                 yield f"{key}.intervals.{metric}: {len(ends)} numbers; allowed is [low, high]"
         if step.max_candidates and deployment.task != "rank":
             yield (

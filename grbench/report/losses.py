@@ -18,6 +18,8 @@ from grbench.report.tradeoffs import FIGURES, Point, change, points
 from grbench.report.work import by_content, options_of
 
 WINDOW, AGE = "workload.max_history", "workload.stale_events"
+# Options of engine and cache: a plan holds the scales of 8 bits, and another engine answers as `fallback`.
+DECIDING = ("name", "precision", "calibration", "plan", "fallback")
 MEASURE = "measure it as `python -m grbench study=quality` does, or type the loss into the file"
 
 Options = dict[str, str]
@@ -36,7 +38,7 @@ def with_losses(deployment: Deployment, options: Mapping[str, Mapping[str, Any]]
     several ages, the one that loses most counts. Raises ConfigError, one line, for a step that no record matches.
     """
     rows = [Row(0, "", record, folder) for folder, record in cells if record.spec.get("task") == deployment.task]
-    measured = [(point, _decisive(options_of(point.row.record))) for point in points(rows)]
+    measured = [(point, _decisive(_that_ran(point.row.record))) for point in points(rows)]
     decisive = {name: _decisive(its) for name, its in options.items()}
     cheaper = {step.strategy for step in deployment.degrade}
     names = [strategy.name for strategy in deployment.strategies]
@@ -59,11 +61,16 @@ def _with_loss(step: Step, first: str, decisive: Mapping[str, Options], measured
     if not bases:
         raise ConfigError(f"no record has the options of strategy {first}{_nearest(base, measured)}; {MEASURE}")
     if step.stale_state:
-        changed = [point for point, its in measured if AGE in its and its == base | {AGE: its[AGE]}]
+        changed = [point for point, its in measured if AGE in its and base != its == base | {AGE: its[AGE]}]
         missing = f"no record has strategy {first} with {AGE} > 0"
     else:
         wanted = decisive[step.strategy] if step.strategy else base | {WINDOW: shown(step.max_history)}
         changed = [point for point, its in measured if its == wanted]
+        if wanted == base:
+            raise ConfigError(
+                f"it changes no option of strategy {first} that decides answers, so no record measures a loss; leave "
+                "the step out, or type the loss into the file"
+            )
         what = f"strategy {step.strategy}" if step.strategy else f"strategy {first} with {WINDOW}={step.max_history}"
         missing = f"no record has {what}{_nearest(wanted, measured)}"
     name = next(iter(FIGURES[base["task"]]))
@@ -75,28 +82,40 @@ def _with_loss(step: Step, first: str, decisive: Mapping[str, Options], measured
     figure = f"{name}_loss"
     return replace(
         step,
-        loss={figure: round(-lost.value, 6)},
-        intervals={figure: [round(-lost.high, 6), round(-lost.low, 6)]},
+        loss={figure: _less(lost.value)},
+        intervals={figure: [_less(lost.high), _less(lost.low)]},
         record=str(folder),
     )
 
 
+def _less(change: float) -> float:
+    """Return a change as a loss, with no sign at 0."""
+    return round(-change, 6) + 0.0
+
+
+def _that_ran(record: RunRecord) -> dict[str, Any]:
+    """Return a record's options, with the precision that ran for `auto`, which the device decides."""
+    options = options_of(record)
+    for key in [key for key, value in options.items() if value == "auto" and key.endswith(".precision")]:
+        part: Mapping[str, Any] = record.actual
+        for stage in key.split(".")[1:-1]:
+            part = part[stage]
+        options[key] = part["precision"]
+    return options
+
+
 def _decisive(options: Mapping[str, Any]) -> Options:
-    """Return the options that decide an answer's quality: no device, kernel, batch or memory.
+    """Return the options that decide an answer's quality: no device, batch or memory, and of kernels fp8 alone.
 
     A value that is null, false or zero counts as absent, because records may be older than the option.
     """
     found = {"cache.precision": "engine"}
+    if (options.get("kernel.hstu_attention") or options.get("kernel")) == "fp8":  # the other variants are as exact
+        found["kernel.hstu_attention"] = "fp8"
     for key, value in options.items():
         group, own = key.partition(".")[0], key.rpartition(".")[2]
-        named = group in ("engine", "cache") and own in ("name", "precision")
-        if (named or key == "engine" or group in ("task", "model", "retrieval", "workload")) and value not in (
-            None,
-            False,
-            0,
-            "",
-            [],
-        ):
+        decides = key == "engine" or (group in ("engine", "cache") and own in DECIDING)
+        if (decides or group in ("task", "model", "retrieval", "workload")) and value not in (None, False, 0, "", []):
             found[key] = shown(value)
     return found
 

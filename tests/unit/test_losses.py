@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ RETRIEVE = [
     f"retrieval.weights={WEIGHTS}/retriever/weights.safetensors",
     f"retrieval.semantic_ids={WEIGHTS}/retriever/semantic_ids.safetensors",
 ]
+FP32 = "engine.precision=fp32"
 RANK = [*COMMON, "model.tasks=[rated,liked]", f"model.weights={WEIGHTS}/ranker/weights.safetensors"]
 
 
@@ -43,12 +46,14 @@ def ranker_of_the_records() -> str:
     return records.load(KEPT / "records/rank_offline_quality_requests=1000").files["model.weights"]
 
 
-def rank(*steps: Step, **changes: str) -> tuple[Deployment, dict[str, dict[str, Any]]]:
-    """A deployment that ranks, and its options as those of the records' weights."""
+def rank(
+    *steps: Step, half: Sequence[str] = ("engine.precision=bf16",), **changes: str
+) -> tuple[Deployment, dict[str, dict[str, Any]]]:
+    """A deployment that ranks, and its options as of the records' weights. half: what the second strategy adds."""
     changed = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
     strategies = [
         Strategy("ranker", [*RANK, *changed]),
-        Strategy("half", [*RANK, *changed, "engine.precision=bf16"]),
+        Strategy("half", [*RANK, *changed, *half]),
     ]
     deployment = Deployment(version=1, task="rank", strategies=strategies, degrade=list(steps))
     weights = {"model.weights": f"sha256:{ranker_of_the_records()[:12]}"}
@@ -106,9 +111,38 @@ def test_a_ranker_loses_auc(changes: dict[str, str]) -> None:
             {"cache": "lru", "cache__precision": "int8"},
             "no record has strategy ranker with workload.stale_events > 0",
         ),
+        *[
+            (
+                Step("s", strategy="half"),
+                {"half": [FP32, kernel]},
+                "no record has strategy half; the nearest of them has kernel.hstu_attention=null instead of fp8",
+            )
+            for kernel in ("kernel.hstu_attention=fp8", "kernel=fp8")
+        ],
+        (
+            Step("s", strategy="half"),
+            {"half": ["engine=tensorrt", "engine.precision=int8", "engine.calibration=32"]},
+            "no record has strategy half; the nearest of them has engine=hstu instead of tensorrt, "
+            "engine.calibration=null instead of 32",
+        ),
+        (
+            Step("s", strategy="half"),
+            {"half": [FP32, "kernel=torch"]},
+            "it changes no option of strategy ranker that decides answers, so no record measures a loss",
+        ),
+        (
+            Step("s", max_history=50),
+            {},
+            "it changes no option of strategy ranker that decides answers, so no record measures a loss",
+        ),
+        (
+            Step("s", max_history=8),
+            {"engine__precision": "auto"},
+            "no record has the options of strategy ranker; the nearest of them has engine.precision=",
+        ),
     ],
 )
-def test_a_step_without_a_record_is_refused(step: Step, changes: dict[str, str], words: str) -> None:
+def test_a_step_without_a_record_is_refused(step: Step, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as refused:
         with_losses(*rank(step, **changes), read_cells([KEPT]))
     message = str(refused.value)
@@ -141,12 +175,39 @@ def test_records_of_other_users_are_not_compared() -> None:
         with_losses(*rank(Step("short", max_history=8)), cells)
 
 
+def test_the_precision_of_a_record_is_that_which_ran() -> None:
+    """The records' engine with `auto` ran fp32 on a CPU: the strategy says fp32, and has the same loss."""
+    cells = read_cells([KEPT])
+    for _, record in cells:
+        if record.spec["engine"].get("precision") == "fp32":
+            record.spec["engine"]["precision"] = "auto"
+    [short] = with_losses(*rank(Step("short", max_history=8)), cells)
+    assert_is(short, "auc_loss", "Rank: history window against speed", "8")
+
+
+def test_a_loss_of_nothing_has_no_sign() -> None:
+    """A record is there twice, the second time as if its window were shorter."""
+    [base] = [(f, record) for f, record in read_cells([KEPT]) if f.name == "rank_offline_quality_requests=1000"]
+    copied = copy.deepcopy(base[1])
+    copied.spec["workload"]["max_history"] = 49
+    [short] = with_losses(*rank(Step("short", max_history=49)), [base, (base[0], copied)])
+    assert str([short.loss, short.intervals]) == "[{'auc_loss': 0.0}, {'auc_loss': [0.0, 0.0]}]"
+
+
 def test_names_of_losses_say_what_they_are() -> None:
     step = Step("beams", strategy="narrow", loss={"hr10": 0.05})
     with pytest.raises(ConfigError, match=r"degrade\[0\]\.loss\.hr10: no name of a loss; allowed are such as auc_loss"):
         retrieve(step).specs()
     step = dataclasses.replace(step, loss={"hr10_loss": 0.05}, intervals={"hr10_loss": [0.04]})
     with pytest.raises(ConfigError, match=r"degrade\[0\]\.intervals\.hr10_loss: 1 numbers; allowed is \[low, high\]"):
+        retrieve(step).specs()
+    step = dataclasses.replace(step, intervals={"hr10": [0.04, 0.06]})
+    with pytest.raises(ConfigError, match=r"\[0\]\.intervals\.hr10: no loss of the step has .*; allowed are hr10_loss"):
+        retrieve(step).specs()
+    step = Step("beams", strategy="narrow", intervals={"hr10_loss": [0.04, 0.06]})
+    with pytest.raises(
+        ConfigError, match=r"\[0\]\.intervals\.hr10_loss: no loss of the step .* is empty; give the loss"
+    ):
         retrieve(step).specs()
     with pytest.raises(ConfigError, match="a call to generate sends no candidates"):
         retrieve(Step("few", max_candidates=4)).specs()
