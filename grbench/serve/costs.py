@@ -27,15 +27,14 @@ class Kind(NamedTuple):
     def of(cls, request: Request, cached: bool = False) -> Kind:
         return cls(len(request.history_items).bit_length(), len(request.candidates).bit_length(), cached)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of a request, with both numbers rounded up to the ends of their classes; at least 1."""
-        return max(sum(1 << bits for bits in (self.events, self.candidates) if bits), 1)
+    def tokens(self, events: bool) -> int:
+        """Return the candidates, and the events if so asked, rounded up to the ends of their classes; at least 1."""
+        return max(sum(1 << bits for bits in (self.events if events else 0, self.candidates) if bits), 1)
 
-    def distance(self, other: Kind) -> tuple[int, bool]:
-        """Return how unlike two kinds are, to be compared."""
+    def distance(self, other: Kind) -> tuple[bool, int, bool]:
+        """Return how unlike two kinds are, to be compared. A cached state says little of what a whole history costs."""
         apart = abs(self.events - other.events) + abs(self.candidates - other.candidates)
-        return apart, self.cached != other.cached
+        return other.cached and not self.cached, apart, self.cached != other.cached
 
 
 class Costs:
@@ -64,11 +63,15 @@ class Costs:
         return cls(sorted(fixed)[len(fixed) // 2], each)
 
     def each_s(self, kind: Kind) -> float:
-        """Return what a request adds to a batch. A kind not seen yet costs as a token of the nearest one does."""
+        """Return what a request adds to a batch. A kind not seen yet costs as a token of the nearest one does.
+
+        Of two kinds with a cached state the candidates are compared. A cached state costs at most what none does.
+        """
         if (known := self._each_s.get(kind)) is not None:
             return known
         near = min(self._each_s, key=kind.distance)
-        return self._each_s[near] * kind.tokens / near.tokens
+        events = not (kind.cached and near.cached)
+        return self._each_s[near] * kind.tokens(events) / near.tokens(events)
 
     def batch_s(self, kinds: Iterable[Kind]) -> float:
         """Return what a batch of these requests takes."""

@@ -654,6 +654,16 @@ def test_candidates_are_priced_apart_from_events() -> None:
     assert few.each_s(Kind(7, 7)) == pytest.approx(0.130 * 256 / 144)
 
 
+def test_candidates_are_what_a_request_with_a_cached_state_costs() -> None:
+    costs = Costs(0.0, {Kind(13, 8, True): 0.001})
+    assert costs.each_s(Kind(13, 11, True)) == pytest.approx(0.008)  # 8 times the candidates
+    assert costs.each_s(Kind(12, 8, True)) == costs.each_s(Kind(14, 8, True)) == pytest.approx(0.001)
+    assert costs.each_s(Kind(13, 0, True)) == pytest.approx(0.001 / 256)
+    both = Costs(0.0, {Kind(13, 8, True): 0.001, Kind(12, 8): 0.040})
+    assert both.each_s(Kind(13, 8)) == pytest.approx(0.040 * (8192 + 256) / (4096 + 256))  # by the whole history
+    assert both.each_s(Kind(12, 8, True)) == pytest.approx(0.040)  # at most
+
+
 def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     metrics = Metrics(0.08)
     metrics.watch(lambda: [StrategyFigures("a", "ready", "hstu", 0)], lambda: 0, lambda: ("m", "1"))
