@@ -393,6 +393,22 @@ def test_a_strategy_of_a_step_is_named_as_degraded() -> None:
     run(work)
 
 
+def test_of_several_answers_the_largest_loss_is_reported() -> None:
+    """A loss in percent is a hundredth of one in shares: 0.3% is less than 0.05."""
+
+    async def work() -> None:
+        usual, cheap = made(Engine(broken), "usual"), made(Engine(), "cheap")
+        answer = await controller(usual, cheap, steps=[Step("s", strategy="cheap")]).answer(request(), math.inf)
+        share, percent = [dataclasses.replace(answer, loss=its) for its in ({"auc_loss": 0.05}, {"auc_loss_pct": 0.3})]
+        for both in ([share, percent], [percent, share]):
+            found = services._parameters(both)
+            assert {name: value for name, value in found.items() if "loss" in name} == {"auc_loss": 0.05}
+        assert not any("loss" in name for name in services._parameters([answer]))
+        await asyncio.gather(usual.close(1.0), cheap.close(1.0))
+
+    run(work)
+
+
 @pytest.mark.parametrize(
     "step, asked, ran",
     [
