@@ -24,7 +24,7 @@ SHARE = 0.6  # of the budget, at most, if there is room for a run that fails, to
 MOST = 0.75  # of the budget that is reserved, at most
 NEAR = rates.steps(1.2)  # below the best, within which the second may become the best again
 STEPS = 2  # by which a rate that fails is lowered first, then twice as many each time
-LAST = 8  # by which a try is lowered, at most, so that the budget has room for another one after it
+LAST = 5  # by which a try is lowered, at most, so that the budget has room for another one after it
 SEED = 101
 ROUNDING = 1e-9  # of shares of the budget
 

@@ -325,8 +325,8 @@ def test_the_default_is_measured_alone_if_others_are_judged_by_its_quality() -> 
 @pytest.mark.parametrize(
     "cells, worse, lower",
     [
-        (3, 0.77, [2, 12]),  # there is no room for both runs of two tries: the second is eight steps below the next one
-        (4, 0.77, [0, 10]),
+        (3, 0.77, [2, 9]),  # there is no room for both runs of two tries: the second is five steps below the next one
+        (4, 0.83, [0, 7]),
         (2, 0.94, [2]),  # the first try is the last
         (100, 0.77, [0, 2, 6, 14]),
     ],
