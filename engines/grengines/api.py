@@ -75,6 +75,9 @@ class Retrieval:
         return self.ids.tokens(request.history_items).reshape(-1)
 
 
+RANDOM = "random, seed "  # and the seed: an engine's `weights` that no file holds
+
+
 @dataclass(frozen=True)
 class Setup:
     """The model that an engine serves and its surroundings: everything but the engine's own options."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from grengines.api import BatchResult, GenerateResult, RankResult, Request, Setup, Tier, UnavailableError
+from grengines.api import RANDOM, BatchResult, GenerateResult, RankResult, Request, Setup, Tier, UnavailableError
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime.batch import Encoding
 from grengines.runtime.buckets import token_count
@@ -77,7 +77,7 @@ class EngineBase(ABC):
             "fp32_products": torch.get_float32_matmul_precision(),
             "cpu_threads": torch.get_num_threads(),
             "timer": "CUDA events, one wait a batch" if self._cuda else "perf_counter",
-            "weights": self._weights() or f"random, seed {self._setup.seed}",
+            "weights": self._weights() or f"{RANDOM}{self._setup.seed}",
             "torch": torch.__version__,
             "cuda": torch.version.cuda if self._cuda else None,
         }

@@ -117,7 +117,11 @@ ENGINES = {
         EngineSpec(
             "remote",
             RemoteConfig,
-            dict.fromkeys(("rank", "generate", "recommend"), "grengines.remote.engine:RemoteEngine"),
+            {
+                "rank": "grengines.remote.engine:RemoteRanker",
+                "generate": "grengines.remote.engine:RemoteGenerator",
+                "recommend": "grengines.remote.engine:RemoteRecommender",
+            },
             contradiction=remote_engine.contradiction,
             models=("hstu", "decoder"),
             one_at_a_time=None,

@@ -39,7 +39,7 @@ from grengines import registry
 from grengines.api import Catalogue, Setup, UnavailableError
 from grengines.remote.client import Client, ServerError
 from grengines.remote.config import RemoteConfig
-from grengines.remote.engine import RemoteEngine
+from grengines.remote.engine import RemoteRanker
 from grengines.runtime.native import native
 from grkernels import registry as kernel_registry
 from grkernels import timing
@@ -502,12 +502,12 @@ def test_a_server_of_other_items_is_refused(server: Serving) -> None:
 
 
 def test_a_server_of_another_task_or_seed_is_refused(server: Serving) -> None:
-    """Random weights are those of a seed. A task is refused when it is asked for."""
+    """Random weights are those of a seed. All are refused before the first call."""
     spec, trace = tiny_trace()
 
-    def made(seed: int, weights: str | None = None) -> Any:
+    def made(seed: int, weights: str | None = None, task: str = "rank") -> Any:
         model = replace(spec.model, weights=weights)
-        return registry.build(RemoteConfig(url=server.url), model, spec.kernel, trace.catalogue, seed)
+        return registry.build(RemoteConfig(url=server.url), model, spec.kernel, trace.catalogue, seed, task=task)
 
     with pytest.raises(ValueError, match=r"weights: random, seed 0\. Asked was a model .* seed 3;"):
         made(3).prepare(trace.requests, 1)
@@ -518,7 +518,7 @@ def test_a_server_of_another_task_or_seed_is_refused(server: Serving) -> None:
     assert len(engine.rank(trace.requests[:2]).scores) == 2
     for task in ("generate", "recommend"):
         with pytest.raises(ValueError, match=rf"serves task=rank on .*\. Asked was task={task}; give the task"):
-            getattr(engine, task)(trace.requests[:1])
+            made(0, task=task).prepare(trace.requests, 1)
 
 
 @pytest.mark.parametrize(
@@ -650,7 +650,7 @@ def test_a_call_needs_the_key(locked: Serving, key: Path) -> None:
 
 def test_the_error_of_a_load_without_the_key_says_where_it_goes(locked: Serving) -> None:
     setup = cast(Setup, SimpleNamespace(catalogue=Catalogue(20, 500, 8), report=print))
-    engine = RemoteEngine(RemoteConfig(url=f"http://127.0.0.1:{locked.port}"), setup)
+    engine = RemoteRanker(RemoteConfig(url=f"http://127.0.0.1:{locked.port}"), setup)
     with pytest.raises(UnavailableError, match=r"set engine\.api_key_file=FILE, with one of its keys$"):
         engine.prepare([], 1)
 

@@ -23,7 +23,7 @@ from grbench.scenarios.config import ClosedLoopConfig
 from grengines.api import RankResult, Request, Setup
 from grengines.cache.config import CacheConfig
 from grengines.remote.config import RemoteConfig
-from grengines.remote.engine import RemoteEngine
+from grengines.remote.engine import RemoteRanker
 
 
 class NotSupportedError(Exception):
@@ -185,7 +185,7 @@ def test_a_processor_without_readable_counters_has_no_figure(tmp_path: Path, clo
     assert spent_in(tmp_path / "rapl", 2).joules is None
 
 
-REMOTE = RemoteEngine(RemoteConfig(), cast(Setup, SimpleNamespace(cache=CacheConfig())))
+REMOTE = RemoteRanker(RemoteConfig(), cast(Setup, SimpleNamespace(cache=CacheConfig())))
 REMOTE._status = {"task": "rank", "version": "1", "model": {}, "limits": {}, "strategies": []}
 
 

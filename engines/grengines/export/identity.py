@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from grengines.api import Catalogue
+from grengines.api import RANDOM, Catalogue
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime.batch import Encoding
 from grengines.runtime.cache_dir import sha256
@@ -39,7 +39,7 @@ def kv_hash(model: HSTUConfig, catalogue: Catalogue, seed: int, precision: str, 
 def weights_of(model: HSTUConfig, seed: int) -> str:
     """Return the source of the weights in words. Raises ValueError for a missing file."""
     if model.weights is None:
-        return f"random, seed {seed}"
+        return f"{RANDOM}{seed}"
     path = Path(model.weights)
     if not path.is_file():
         raise ValueError(f"model.weights: no file {path}; give a safetensors file, or null for random weights")

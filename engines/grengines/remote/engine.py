@@ -7,16 +7,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from grengines.api import GenerateResult, RankResult, RecommendResult, Request, Setup, Tier, UnavailableError
+from grengines.api import RANDOM, GenerateResult, RankResult, RecommendResult, Request, Setup, Tier, UnavailableError
 from grengines.remote.client import NO_ANSWER, Answers, Client, ServerError
 from grengines.remote.config import RemoteConfig
 
 COARSEST = ("fp8", "int8", "bf16", "fp16", "fp32")
 START = "start one: grbench serve engine=hstu"
 KEY = "set engine.api_key_file=FILE, with one of its keys"
-RANDOM = "random, seed "  # weights that a server did not read from a file
 RESTART = "look into the server's log, start it if it has ended, and type the command again"
 
 
@@ -51,10 +50,12 @@ class Servers:
 
 
 class RemoteEngine:
-    """A server of grbench, or several. Satisfies grengines.api.Ranker and Generator, and recommends, by their task.
+    """A server of grbench, or several; each task has a class.
 
     Its calls are due at the time limit, so the server refuses none for its own latency limit, and late answers count.
     """
+
+    task: ClassVar[str]
 
     def __init__(self, options: RemoteConfig, setup: Setup) -> None:
         """Raises ValueError for a URL that is none."""
@@ -84,6 +85,8 @@ class RemoteEngine:
 
     def _unlike(self, status: dict[str, Any]) -> str:
         """Return what was asked and is not the server's, in words; nothing if all is. The gate compares the answers."""
+        if status["task"] != self.task:
+            return f"task={self.task}"
         if (items := self._setup.catalogue.num_items) != status["items"]:
             return f"a workload of {items} items"
         own = getattr(self._setup.retrieval or self._setup.model, "weights", None) or f"{RANDOM}{self._setup.seed}"
@@ -91,24 +94,6 @@ class RemoteEngine:
         if theirs and own not in theirs and any(text.startswith(RANDOM) for text in (own, *theirs)):
             return f"a model whose weights are {own}"
         return ""
-
-    def rank(self, requests: Sequence[Request]) -> RankResult:
-        """Score every candidate of every request. Raises ServerError."""
-        answers, times = self._ask("rank", requests)
-        tokens = sum(len(r.history_items) + len(r.candidates) for r in requests)
-        return RankResult(scores=answers.scores, tokens=tokens, padded_tokens=tokens, **times)
-
-    def generate(self, requests: Sequence[Request]) -> GenerateResult:
-        """Find the most likely next items of every request. Raises ServerError."""
-        answers, times = self._ask("generate", requests)
-        tokens = sum(len(r.history_items) for r in requests)
-        return GenerateResult(items=answers.items, scores=answers.scores, tokens=tokens, padded_tokens=tokens, **times)
-
-    def recommend(self, requests: Sequence[Request]) -> RecommendResult:
-        """Find and rank items for every request. Raises ServerError."""
-        answers, times = self._ask("recommend", requests)
-        tokens = sum(len(r.history_items) for r in requests)
-        return RecommendResult(items=answers.items, scores=answers.scores, tokens=tokens, padded_tokens=tokens, **times)
 
     def actual(self) -> dict[str, Any]:
         """Return the facts of the server. The gate's reference runs here, so `device` is this machine's."""
@@ -122,12 +107,12 @@ class RemoteEngine:
         stage = {"device": "cpu", "precision": coarsest, **stored}
         return {
             "engine": "remote",
-            "task": self._status["task"],
+            "task": self.task,
             "device": "cpu",
             "device_name": "of the server",
             "precision": coarsest,
             **stored,
-            **({"retrieve": stage, "rank": stage} if self._status["task"] == "recommend" else {}),
+            **({"retrieve": stage, "rank": stage} if self.task == "recommend" else {}),
             "url": self._options.url,
             "more_urls": self._options.more_urls,
             "kernels": {},
@@ -140,17 +125,15 @@ class RemoteEngine:
     def close(self) -> None:
         """Do nothing: connections end with their threads."""
 
-    def _ask(self, task: str, requests: Sequence[Request]) -> tuple[Answers, dict[str, Any]]:
+    def _ask(self, requests: Sequence[Request]) -> tuple[Answers, dict[str, Any]]:
         """Return the answers of a server, and its wait and compute; the transfer is everything else.
 
-        Of several servers `details` counts the requests of each. Raises ValueError if the server has another task.
+        Of several servers `details` counts the requests of each.
         """
-        if self._status and self._status["task"] != task:  # known once it is prepared
-            raise ValueError(_other(self._options.url, self._status, f"task={task}"))
         begun = time.perf_counter()
         with self._servers.least_loaded(len(requests)) as place:
             try:
-                answers = getattr(self._servers.clients[place], task)(requests, self._options.timeout_s * 1e3)
+                answers = getattr(self._servers.clients[place], self.task)(requests, self._options.timeout_s * 1e3)
             except ServerError as e:
                 raise e if e.status != NO_ANSWER else ServerError(NO_ANSWER, f"{e}; {RESTART}") from None
         took_ms = (time.perf_counter() - begun) * 1e3
@@ -163,6 +146,42 @@ class RemoteEngine:
         }
         several = len(self._servers.clients) > 1
         return answers, times | ({"details": {f"server_{place + 1}": float(len(requests))}} if several else {})
+
+
+class RemoteRanker(RemoteEngine):
+    """Servers that rank. Satisfies grengines.api.Ranker."""
+
+    task = "rank"
+
+    def rank(self, requests: Sequence[Request]) -> RankResult:
+        """Score every candidate of every request. Raises ServerError."""
+        answers, times = self._ask(requests)
+        tokens = sum(len(r.history_items) + len(r.candidates) for r in requests)
+        return RankResult(scores=answers.scores, tokens=tokens, padded_tokens=tokens, **times)
+
+
+class RemoteGenerator(RemoteEngine):
+    """Servers that generate. Satisfies grengines.api.Generator."""
+
+    task = "generate"
+
+    def generate(self, requests: Sequence[Request]) -> GenerateResult:
+        """Find the most likely next items of every request. Raises ServerError."""
+        answers, times = self._ask(requests)
+        tokens = sum(len(r.history_items) for r in requests)
+        return GenerateResult(items=answers.items, scores=answers.scores, tokens=tokens, padded_tokens=tokens, **times)
+
+
+class RemoteRecommender(RemoteEngine):
+    """Servers that find items and rank them."""
+
+    task = "recommend"
+
+    def recommend(self, requests: Sequence[Request]) -> RecommendResult:
+        """Find and rank items for every request. Raises ServerError."""
+        answers, times = self._ask(requests)
+        tokens = sum(len(r.history_items) for r in requests)
+        return RecommendResult(items=answers.items, scores=answers.scores, tokens=tokens, padded_tokens=tokens, **times)
 
 
 def _other(url: str, status: dict[str, Any], asked: str) -> str:
