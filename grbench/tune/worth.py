@@ -46,9 +46,10 @@ def requests_needed(limits: Sequence[Limit], evaluator: Evaluator, trial: Trial,
 def _beside_the_nearest(evaluator: Evaluator, trial: Trial, step: int, percent: float) -> float:
     """Return what a request of a probe is worth beside that at the nearest other rate; 0: not known.
 
-    It is too much: probes have one seed, so that their arrivals are the same, but for the rate, as their visits are.
-    What a probe alone shows is too little, because it takes the alikeness of the visits for noise. The truth is
-    between: in simulated queues the geometric mean of both is within a factor of 2 (tests/unit/test_search.py).
+    It is mostly too much: probes have one seed, so that their arrivals are the same, but for the rate, as their visits
+    are. What a probe alone shows is mostly too little, because it takes the alikeness of the visits for noise. So a
+    plan goes by the geometric mean of both. It is a rough one: for single traces of simulated queues it is 0.1 to 6
+    times the truth, on average within a factor of 2 (tests/unit/test_search.py). Runs that are too short get one more.
     """
     others = [s for s, outcome in trial.probes.items() if s != step and f"{POOLED}p{percent:g}" in outcome.metrics]
     if not others:
