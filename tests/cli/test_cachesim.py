@@ -396,7 +396,8 @@ def test_the_plan_of_a_kept_record_is_within_a_tenth(name: str, off: float) -> N
     [row] = [row for row in Replay(config).run() if row.policy == config.policies[0]]
     measured = record["metrics"]
     predicted = measured["engine_busy"] / row.metrics["fleet_gpu_ms"] * 1e3
-    assert predicted / measured["throughput_rps"] - 1 == pytest.approx(off, abs=0.002)
+    assert abs(predicted - measured["throughput_rps"]) < 0.1 * measured["throughput_rps"]
+    assert predicted / measured["throughput_rps"] - 1 == pytest.approx(off, abs=0.002)  # the page's figure
 
 
 @pytest.mark.parametrize("name", ["return_lru", "return_lru_often"])
