@@ -1,12 +1,13 @@
 """Measure what stands before replicas adds to a call: HAProxy as `grbench serve` sets it up, and the ways of Ray Serve.
 
     python experiments/proxies.py --rounds 2000       # needs: pip install 'ray[serve]'; apt-get install haproxy
+    python experiments/proxies.py --ingress           # Ray Serve with direct ingress, which is off by default
 
 A call has a body that comes back. `direct` asks uvicorn by HTTP, `haproxy` asks it through HAProxy, and `direct, grpc`
-asks a server of grpc.aio. A deployment of Ray Serve is asked through its HTTP proxy, through its gRPC proxy, at the
-ports of its replica (`direct ingress`), and by a handle of this process, which needs no proxy. Each has one connection,
+asks a server of grpc.aio. A deployment of Ray Serve is asked through its HTTP proxy, through its gRPC proxy, by a
+handle of this process, which needs no proxy, and with --ingress at the ports of its replica. Each has one connection,
 and they take turns, so that all have the same neighbours on a shared machine. `added_ms` is the difference of the
-medians to the direct way of the same protocol, for a handle to `direct`.
+medians to the direct way of the same protocol. A handle has none: its protocol is Ray's own.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import common
 import grpc
 import numpy as np
+import numpy.typing as npt
 import uvicorn
 from starlette.requests import Request
 from starlette.responses import Response
@@ -39,6 +41,7 @@ from grengines.api import UnavailableError
 QUIET = {"enable_access_log": False, "log_level": "ERROR"}  # of Ray Serve: a line a call would be its cost too
 WARM_UP = 100  # calls of each before the first that counts
 START_S = 60.0
+HANDLE = "ray serve, handle"
 METHOD = "/ray.serve.UserDefinedService/Method1"  # of the service that Ray Serve brings along for tests
 SERVICE = "ray.serve.generated.serve_pb2_grpc.add_UserDefinedServiceServicer_to_server"
 
@@ -110,24 +113,16 @@ def http_caller(port: int, body: bytes) -> Callable[[], bytes]:
 
 
 def grpc_caller(port: int, body: bytes) -> Callable[[], bytes]:
-    """Return a call over a gRPC channel of its own, whose message has `body` as text in its first field."""
+    """Return a call over a gRPC channel of its own, whose message has `body` as text; its answer has the same bytes."""
     call = grpc.insecure_channel(f"127.0.0.1:{port}").unary_unary(METHOD)
-    message = _field(body)
+    messages = importlib.import_module("ray.serve.generated.serve_pb2")
+    message = messages.UserDefinedMessage(name=body.decode()).SerializeToString()
 
     def ask() -> bytes:
         answer: bytes = call(message)
         return body if answer == message else answer
 
     return ask
-
-
-def _field(text: bytes) -> bytes:
-    """Return the protobuf message whose first field is this text."""
-    size, left = bytearray(), len(text)
-    while left > 127:
-        size.append(left & 127 | 128)
-        left >>= 7
-    return bytes([10, *size, left]) + text
 
 
 def started(name: str, call: Callable[[], bytes], body: bytes) -> Callable[[], bytes]:
@@ -149,14 +144,23 @@ def started(name: str, call: Callable[[], bytes], body: bytes) -> Callable[[], b
             time.sleep(0.1)
 
 
+def row_of(way: str, found: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, Any]:
+    """Return the row of a way. found: p50 and p99 in milliseconds, of the ways that answered."""
+    p50, p99 = found[way]
+    row = {"way": way, "p50_ms": p50, "p99_ms": p99}
+    direct = "direct, grpc" if way.endswith("grpc") else "direct"
+    return row if way == HANDLE or direct not in found else row | {"added_ms": p50 - found[direct][0]}
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Measure."""
     parser = common.parser(__doc__ or "", rounds=2000, overrides=False)
     parser.add_argument("--kb", type=float, default=16.0, help="size of a body, 10^3 bytes (default: %(default)s)")
+    parser.add_argument("--ingress", action="store_true", help="turn direct ingress on, and measure it too")
     args = parser.parse_args(words)
     rows = common.Rows(args, __file__, words)
     direct, proxied, stats, direct_grpc, ray_http, ray_grpc, ingress, ingress_grpc = free_ports(8)
-    os.environ["RAY_SERVE_ENABLE_DIRECT_INGRESS"] = "1"  # the import reads this and the ports
+    os.environ["RAY_SERVE_ENABLE_DIRECT_INGRESS"] = str(int(args.ingress))  # the import reads this and the ports
     for protocol, port in {"HTTP": ingress, "GRPC": ingress_grpc}.items():
         os.environ[f"RAY_SERVE_DIRECT_INGRESS_MIN_{protocol}_PORT"] = str(port)
         os.environ[f"RAY_SERVE_DIRECT_INGRESS_MAX_{protocol}_PORT"] = str(port + 1)
@@ -186,10 +190,11 @@ def main(words: Sequence[str] | None = None) -> None:
             "direct, grpc": grpc_caller(direct_grpc, body),
             "ray serve, http": http_caller(ray_http, body),
             "ray serve, grpc": grpc_caller(ray_grpc, body),
-            "ray serve, direct ingress": http_caller(ingress, body),
-            "ray serve, direct ingress, grpc": grpc_caller(ingress_grpc, body),
-            "ray serve, handle": lambda: handle.same.remote(body).result(),
+            HANDLE: lambda: handle.same.remote(body).result(),
         }
+        if args.ingress:
+            ways["ray serve, direct ingress"] = http_caller(ingress, body)
+            ways["ray serve, direct ingress, grpc"] = grpc_caller(ingress_grpc, body)
         cases = {}
         for name, call in ways.items():
             try:
@@ -199,9 +204,8 @@ def main(words: Sequence[str] | None = None) -> None:
         common.interleaved(cases, WARM_UP)
         calls = common.interleaved(cases, args.rounds)
     found = {name: np.percentile([call.ms for call in each], [50, 99]) for name, each in calls.items()}
-    for name, (p50, p99) in found.items():
-        base = found["direct, grpc" if name.endswith("grpc") else "direct"][0]
-        rows.add(way=name, calls=args.rounds, p50_ms=p50, p99_ms=p99, added_ms=p50 - base)
+    for name in found:
+        rows.add(calls=args.rounds, **row_of(name, found))
     rows.note(f"Ray {ray.__version__}; load of the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     rows.close()
 
