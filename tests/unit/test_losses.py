@@ -15,7 +15,6 @@ from grbench import deployment as deployments
 from grbench.config.arguments import CommandError
 from grbench.config.schema import ConfigError
 from grbench.deployment import Deployment, Step, Strategy
-from grbench.execution import records
 from grbench.report.frame import read_cells
 from grbench.report.losses import options_of_spec, with_losses
 from grbench.report.losses_command import main
@@ -41,23 +40,17 @@ def retrieve(*steps: Step) -> Deployment:
     return Deployment(version=1, task="generate", strategies=strategies, degrade=list(steps))
 
 
-def ranker_of_the_records() -> str:
-    """The hash of the ranker that was measured, which is not the one that is kept now."""
-    return records.load(KEPT / "records/rank_offline_quality_requests=1000").files["model.weights"]
-
-
 def rank(
     *steps: Step, half: Sequence[str] = ("engine.precision=bf16",), **changes: str
 ) -> tuple[Deployment, dict[str, dict[str, Any]]]:
-    """A deployment that ranks, and its options as of the records' weights. half: what the second strategy adds."""
+    """A deployment that ranks, and its options. half: what the second strategy adds."""
     changed = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
     strategies = [
         Strategy("ranker", [*RANK, *changed]),
         Strategy("half", [*RANK, *changed, *half]),
     ]
     deployment = Deployment(version=1, task="rank", strategies=strategies, degrade=list(steps))
-    weights = {"model.weights": f"sha256:{ranker_of_the_records()[:12]}"}
-    return deployment, {name: options_of_spec(spec) | weights for name, spec in deployment.specs().items()}
+    return deployment, {name: options_of_spec(spec) for name, spec in deployment.specs().items()}
 
 
 def on_the_page(section: str, row: str) -> list[float]:
@@ -122,7 +115,7 @@ def test_a_ranker_loses_auc(changes: dict[str, str]) -> None:
         (
             Step("s", strategy="half"),
             {"half": ["engine=tensorrt", "engine.precision=int8", "engine.calibration=32"]},
-            "no record has strategy half; the nearest of them has engine=hstu instead of tensorrt, "
+            "no record has strategy half; the nearest of them has engine=onnxruntime instead of tensorrt, "
             "engine.calibration=null instead of 32",
         ),
         (
