@@ -18,8 +18,8 @@ from grbench.report.tradeoffs import FIGURES, Point, change, points
 from grbench.report.work import by_content, options_of
 
 WINDOW, AGE = "workload.max_history", "workload.stale_events"
-# Options of engine and cache: a plan holds the scales of 8 bits, and another engine answers as `fallback`.
-DECIDING = ("name", "precision", "calibration", "plan", "fallback")
+# Options of engine and cache: a plan or an ONNX file may be of 8 bits, and another engine answers as `fallback`.
+DECIDING = ("name", "precision", "calibration", "plan", "onnx", "fallback")
 MEASURE = "measure it as `python -m grbench study=quality` does, or type the loss into the file"
 
 Options = dict[str, str]
@@ -59,14 +59,14 @@ def _with_loss(step: Step, first: str, decisive: Mapping[str, Options], measured
     base = decisive[first]
     bases = [point for point, its in measured if its == base]
     if not bases:
-        raise ConfigError(f"no record has the options of strategy {first}{_nearest(base, measured)}; {MEASURE}")
+        raise ConfigError(f"no record has the options of strategy {first}{_nearest(base, measured)}")
     if step.stale_state:
         changed = [point for point, its in measured if AGE in its and base != its == base | {AGE: its[AGE]}]
-        missing = f"no record has strategy {first} with {AGE} > 0"
+        missing = f"no record has strategy {first} with {AGE} > 0; {MEASURE}"
     else:
         wanted = decisive[step.strategy] if step.strategy else base | {WINDOW: shown(step.max_history)}
         changed = [point for point, its in measured if its == wanted]
-        if wanted == base:
+        if wanted == base or (step.max_history or 0) > int(base[WINDOW]):
             raise ConfigError(
                 f"it changes no option of strategy {first} that decides answers, so no record measures a loss; leave "
                 "the step out, or type the loss into the file"
@@ -76,19 +76,19 @@ def _with_loss(step: Step, first: str, decisive: Mapping[str, Options], measured
     name = next(iter(FIGURES[base["task"]]))
     pairs = [(b, point) for b in bases for point in changed if _comparable(b, point, name)]
     if not pairs:
-        raise ConfigError(f"{missing}; {MEASURE}")
+        raise ConfigError(missing)
     changes = [(change(b, point, name), point.row.folder) for b, point in pairs]
     lost, folder = min(changes, key=lambda pair: pair[0].value)
     figure = f"{name}_loss"
     return replace(
         step,
-        loss={figure: _less(lost.value)},
-        intervals={figure: [_less(lost.high), _less(lost.low)]},
+        loss={figure: _loss(lost.value)},
+        intervals={figure: [_loss(lost.high), _loss(lost.low)]},
         record=str(folder),
     )
 
 
-def _less(change: float) -> float:
+def _loss(change: float) -> float:
     """Return a change as a loss, with no sign at 0."""
     return round(-change, 6) + 0.0
 
@@ -121,16 +121,21 @@ def _decisive(options: Mapping[str, Any]) -> Options:
 
 
 def _nearest(wanted: Options, measured: Measured) -> str:
-    """Return what the nearest record has instead, for a message; empty without records."""
+    """Return what the nearest record has instead, and what the user can do, for a message."""
+    auto = next((key for key, value in wanted.items() if value == "auto" and key.endswith(".precision")), "")
+    advice = (
+        f"set {auto}=fp32 in the strategy: a record has the precision that ran; or type the loss into the file"
+        if auto else MEASURE
+    )  # fmt: skip
     differences = [
         [f"{key}={its.get(key, 'null')} instead of {wanted.get(key, 'null')}" for key in sorted({*its, *wanted})
          if its.get(key) != wanted.get(key)]
         for _, its in measured
     ]  # fmt: skip
     if not differences:
-        return ": none has the task, figures of quality and their resamples"
+        return f": none has the task, figures of quality and their resamples; {MEASURE}"
     least = min(differences, key=len)
-    return f"; the nearest of them has {', '.join(least[:3])}{' and more' if len(least) > 3 else ''}"
+    return f"; the nearest of them has {', '.join(least[:3])}{' and more' if len(least) > 3 else ''}; {advice}"
 
 
 def _comparable(base: Point, point: Point, name: str) -> bool:

@@ -123,11 +123,14 @@ def test_a_ranker_loses_auc(changes: dict[str, str]) -> None:
             {"half": [FP32, "kernel=torch"]},
             "it changes no option of strategy ranker that decides answers, so no record measures a loss",
         ),
-        (
-            Step("s", max_history=50),
-            {},
-            "it changes no option of strategy ranker that decides answers, so no record measures a loss",
-        ),
+        *[
+            (
+                Step("s", max_history=window),
+                {},
+                "it changes no option of strategy ranker that decides answers, so no record measures a loss",
+            )
+            for window in (50, 128)  # the strategy has 50, and there are records of both
+        ],
         (
             Step("s", max_history=8),
             {"engine__precision": "auto"},
@@ -141,6 +144,33 @@ def test_a_step_without_a_record_is_refused(step: Step, changes: dict[str, Any],
     message = str(refused.value)
     assert message.startswith(f"degrade[0] (s): {words}")
     assert "type the loss into the file" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("auto", ["ranker", "half"])
+def test_the_precision_of_a_strategy_is_to_be_named(auto: str) -> None:
+    """The advice is not to measure: a record with `auto` has the precision that ran."""
+    precision = {"ranker": "auto", "half": "fp32"}[auto]
+    step = Step("s", strategy="half") if auto == "half" else Step("s", max_history=8)
+    advice = r"; set engine\.precision=fp32 in the strategy: a record has the precision that ran; or type the loss"
+    with pytest.raises(ConfigError, match=rf"strategy {auto}; the nearest of them has [^;]*{advice}"):
+        with_losses(*rank(step, half=["engine.precision=auto"], engine__precision=precision), read_cells([KEPT]))
+
+
+def test_an_onnx_file_is_another_model() -> None:
+    """The file of a strategy may be of 8 bits, and then runs as fp16. The record of bf16 is made one of fp16."""
+    cells = read_cells([KEPT])
+    for _, record in cells:
+        if record.spec["engine"].get("precision") == "bf16":
+            record.spec["engine"] |= {"name": "onnxruntime", "precision": "fp16", "onnx": None}
+    half, step = ["engine=onnxruntime", "engine.precision=fp16"], Step("s", strategy="half")
+    assert_is(
+        with_losses(*rank(step, half=half), cells)[0],
+        "auc_loss",
+        "Rank: engine and precision against speed",
+        "hstu bf16",
+    )
+    with pytest.raises(ConfigError, match=r"half; the nearest of them has engine\.onnx=null instead of sha256:"):
+        with_losses(*rank(step, half=[*half, f"engine.onnx={__file__}"]), cells)
 
 
 def test_other_weights_are_another_model(tmp_path: Path) -> None:
