@@ -31,10 +31,14 @@ class Kind(NamedTuple):
         """Return the candidates, and the events if so asked, rounded up to the ends of their classes; at least 1."""
         return max(sum(1 << bits for bits in (self.events if events else 0, self.candidates) if bits), 1)
 
-    def distance(self, other: Kind) -> tuple[bool, int, bool]:
-        """Return how unlike two kinds are, to be compared. A cached state says little of what a whole history costs."""
-        apart = abs(self.events - other.events) + abs(self.candidates - other.candidates)
-        return other.cached and not self.cached, apart, self.cached != other.cached
+    def distance(self, other: Kind) -> tuple[bool, int, int]:
+        """Return how unlike two kinds are, to be compared.
+
+        A cached state says little of what a whole history costs, and the reverse. Of two cached states the candidates
+        count first.
+        """
+        events, candidates = abs(self.events - other.events), abs(self.candidates - other.candidates)
+        return self.cached != other.cached, candidates + (0 if self.cached and other.cached else events), events
 
 
 class Costs:
@@ -65,13 +69,16 @@ class Costs:
     def each_s(self, kind: Kind) -> float:
         """Return what a request adds to a batch. A kind not seen yet costs as a token of the nearest one does.
 
-        Of two kinds with a cached state the candidates are compared. A cached state costs at most what none does.
+        Of two kinds with a cached state the candidates are compared; that estimate is at most the one without a state.
         """
         if (known := self._each_s.get(kind)) is not None:
             return known
         near = min(self._each_s, key=kind.distance)
         events = not (kind.cached and near.cached)
-        return self._each_s[near] * kind.tokens(events) / near.tokens(events)
+        seconds = self._each_s[near] * kind.tokens(events) / near.tokens(events)
+        if not events and not all(other.cached for other in self._each_s):
+            return min(seconds, self.each_s(kind._replace(cached=False)))
+        return seconds
 
     def batch_s(self, kinds: Iterable[Kind]) -> float:
         """Return what a batch of these requests takes."""

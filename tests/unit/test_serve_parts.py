@@ -661,7 +661,13 @@ def test_candidates_are_what_a_request_with_a_cached_state_costs() -> None:
     assert costs.each_s(Kind(13, 0, True)) == pytest.approx(0.001 / 256)
     both = Costs(0.0, {Kind(13, 8, True): 0.001, Kind(12, 8): 0.040})
     assert both.each_s(Kind(13, 8)) == pytest.approx(0.040 * (8192 + 256) / (4096 + 256))  # by the whole history
-    assert both.each_s(Kind(12, 8, True)) == pytest.approx(0.040)  # at most
+    assert both.each_s(Kind(12, 8, True)) == pytest.approx(0.001)  # not by the whole history, though it is as long
+    assert both.each_s(Kind(12, 9, True)) == pytest.approx(0.002)
+    two = Costs(0.0, {Kind(13, 8, True): 0.001, Kind(10, 8, True): 0.0008, Kind(12, 8): 0.040})
+    assert two.each_s(Kind(11, 8, True)) == pytest.approx(0.0008)  # of equal candidates, the nearest events
+    assert two.each_s(Kind(14, 8, True)) == pytest.approx(0.001)
+    dear = Costs(0.0, {Kind(13, 8, True): 0.020, Kind(12, 8): 0.040})
+    assert dear.each_s(Kind(12, 11, True)) == pytest.approx(0.040 * (4096 + 2048) / (4096 + 256))  # at most
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
