@@ -319,15 +319,16 @@ def _parameters(answers: list[Answer]) -> dict[str, Any]:
     if any(a.degraded for a in answers):
         for name in ("degraded", "asked", "ran"):
             parameters[name] = joined([getattr(a, name) for a in answers])
-        parameters |= max(answers, key=_most).loss
+        most: Mapping[str, float] = max((a.loss for a in answers if a.loss), key=_most, default={})
+        parameters |= most
     if failed := [line for a in answers for line in a.failed]:
         parameters["fallback_from"] = "; ".join(dict.fromkeys(failed))
     return parameters
 
 
-def _most(answer: Answer) -> float:
-    """Return the largest of an answer's losses, as a share."""
-    return max((value / 100 if name.endswith("_pct") else value for name, value in answer.loss.items()), default=0.0)
+def _most(loss: Mapping[str, float]) -> float:
+    """Return the largest of an answer's losses, of which there is one or more, as a share."""
+    return max(value / 100 if name.endswith("_pct") else value for name, value in loss.items())
 
 
 def _whole(parameters: Mapping[str, Any], name: str) -> int:

@@ -403,6 +403,9 @@ def test_of_several_answers_the_largest_loss_is_reported() -> None:
         for both in ([share, percent], [percent, share]):
             found = services._parameters(both)
             assert {name: value for name, value in found.items() if "loss" in name} == {"auc_loss": 0.05}
+        gain = dataclasses.replace(answer, loss={"auc_loss": -0.002})
+        for some in ([gain], [answer, gain], [gain, answer]):
+            assert services._parameters(some)["auc_loss"] == -0.002
         assert not any("loss" in name for name in services._parameters([answer]))
         await asyncio.gather(usual.close(1.0), cheap.close(1.0))
 
