@@ -101,13 +101,14 @@ def status(service: Service) -> dict[str, Any]:
 def _strategy(strategy: Strategy) -> dict[str, Any]:
     """Return what the page shows of a strategy."""
     actual, gate = strategy.checked.actual, strategy.checked.gate_figures
+    stages = [actual[name] for name in ("retrieve", "rank") if name in actual] or [actual]
     return {
         "name": strategy.name,
         "state": str(strategy.state),
         "why": strategy.why,
         "engine": strategy.spec.engine.name,
         "precision": actual.get("precision", ""),
-        "weights": actual.get("weights", ""),
+        "weights": "; ".join(dict.fromkeys(its for stage in stages if (its := stage.get("weights")))),
         "cache_precision": actual.get("cache_precision", ""),
         "attention_precision": actual.get("attention_precision", ""),
         "device": actual.get("device", ""),

@@ -36,14 +36,14 @@ def _require_server(run: RunConfig) -> None:
     The machines of a cluster may reach one that this machine does not.
     """
     from grengines.remote.client import ServerError
-    from grengines.remote.engine import START, clients_of
+    from grengines.remote.engine import START, clients_of, key_of
 
     if run.runner.cluster == "none":
-        try:
-            for client in clients_of(run.engine):
+        for place, client in enumerate(clients_of(run.engine)):
+            try:
                 client.reach()
-        except ServerError as e:
-            raise ConfigError(f"engine.url: {e}; {START}") from None
+            except ServerError as e:
+                raise ConfigError(f"{key_of(place)}: {e}; {START}") from None
 
 
 def as_run(words: Sequence[str]) -> list[str]:

@@ -467,11 +467,16 @@ def test_several_servers_are_measured_together(server: Serving, grbench_here: Gr
     assert f"{another.url} serves hstu (hstu, bf16) of hstu_tiny, and {server.url} serves hstu (hstu" in done.stdout
 
 
+@pytest.fixture(scope="module")
+def pipeline() -> Iterator[Serving]:
+    with serving(*TINY, *SEARCH, "engine=pipeline", "engine@engine.retrieve=hstu", "serve.grpc_port=null") as s:
+        yield s
+
+
 @pytest.mark.usefixtures("forked_workers")
-def test_a_pipeline_is_measured_through_the_network(grbench_here: Grbench) -> None:
+def test_a_pipeline_is_measured_through_the_network(pipeline: Serving, grbench_here: Grbench) -> None:
     words = ["scenario=server", "scenario.queries=32", "scenario.target_qps=50", "tracking=none", "gate.measured=4"]
-    with serving(*TINY, *SEARCH, "engine=pipeline", "engine@engine.retrieve=hstu") as server:
-        done = grbench_here("load", f"url={server.url}", "task=recommend", *TINY, *SEARCH, *words)
+    done = grbench_here("load", f"url={pipeline.url}", "task=recommend", *TINY, *SEARCH, *words)
     assert done.returncode == 0, done.stderr
     [(_, record)] = read_cells([Path("outputs")])
     assert record.status is Status.OK and record.gate["error"] <= record.gate["tolerance"] == 1
@@ -519,6 +524,31 @@ def test_a_server_of_another_task_or_seed_is_refused(server: Serving) -> None:
     for task in ("generate", "recommend"):
         with pytest.raises(ValueError, match=rf"serves task=rank on .*\. Asked was task={task}; give the task"):
             made(0, task=task).prepare(trace.requests, 1)
+
+
+def test_a_pipeline_of_another_seed_is_refused(pipeline: Serving) -> None:
+    """Both stages count: trained weights of one leave the other's seed."""
+    spec, trace = tiny_trace()
+
+    def made(seed: int, weights: str | None = None) -> Any:
+        model = replace(spec.model, weights=weights)
+        options = RemoteConfig(url=pipeline.url)
+        return registry.build(options, model, spec.kernel, trace.catalogue, seed, task="recommend")
+
+    with pytest.raises(ValueError, match=r"weights: random, seed 0\. Asked was a model whose weights are .* seed 3;"):
+        made(3).prepare(trace.requests, 1)
+    with pytest.raises(ValueError, match=r"Asked was a model whose weights are random, seed 3; ranker\.safetensors;"):
+        made(3, "ranker.safetensors").prepare(trace.requests, 1)
+    made(0).prepare(trace.requests, 1)
+
+
+def test_the_option_of_the_server_at_fault_is_named(server: Serving, pipeline: Serving) -> None:
+    spec, trace = tiny_trace()
+    for url, why in ((pipeline.url, "serves task=recommend on"), ("http://127.0.0.1:9", "nothing listens there")):
+        options = RemoteConfig(url=server.url, more_urls=[url])
+        engine = registry.build(options, spec.model, spec.kernel, trace.catalogue, 0)
+        with pytest.raises((ValueError, UnavailableError), match=rf"^engine\.more_urls: {url}:? {why}"):
+            engine.prepare(trace.requests, 1)
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,10 @@ def test_a_server_that_is_not_ready_is_waited_for_in_words(grbench_forked: Grben
     with HTTPServer(("127.0.0.1", 0), Starting) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         done = load(grbench_forked, f"http://127.0.0.1:{server.server_port}", wait_s=1)
+        two = load(grbench_forked, f"[http://127.0.0.1:{server.server_port},http://127.0.0.1:9]", wait_s=1)
         server.shutdown()
     assert done.returncode == 1
     assert "waiting for the server, 1 s left (it answers that it is not ready)" in done.stderr
     assert "not ready within 1 s" in done.stdout
+    assert two.returncode == 2
+    assert "engine.more_urls: http://127.0.0.1:9: nothing listens there (Connection refused); start" in two.stderr

@@ -186,7 +186,7 @@ def test_a_processor_without_readable_counters_has_no_figure(tmp_path: Path, clo
 
 
 REMOTE = RemoteRanker(RemoteConfig(), cast(Setup, SimpleNamespace(cache=CacheConfig())))
-REMOTE._status = {"task": "rank", "version": "1", "model": {}, "limits": {}, "strategies": []}
+REMOTE._status = {"version": "1", "model": {}, "limits": {}, "strategies": []}
 
 
 @pytest.mark.parametrize(

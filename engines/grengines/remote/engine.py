@@ -25,6 +25,11 @@ def clients_of(options: RemoteConfig) -> list[Client]:
     return [Client(url, key, options.timeout_s) for url in (options.url, *options.more_urls)]
 
 
+def key_of(place: int) -> str:
+    """Return the option that names a server, by its place among `clients_of`."""
+    return "engine.more_urls" if place else "engine.url"
+
+
 class Servers:
     """Servers of the same strategies, and the requests that each has. A call goes to the one that has the fewest."""
 
@@ -72,10 +77,10 @@ class RemoteEngine:
                 client.wait_until_ready(self._options.timeout_s, self._setup.report)
                 status = client.status()
             except ServerError as e:
-                raise UnavailableError(f"engine.url: {e}; {KEY if e.status == 401 else START}") from None
+                raise UnavailableError(f"{key_of(place)}: {e}; {KEY if e.status == 401 else START}") from None
             if asked := self._unlike(status):
                 url = (self._options.url, *self._options.more_urls)[place]
-                raise ValueError(_other(url, status, asked))
+                raise ValueError(f"{key_of(place)}: {_other(url, status, asked)}")
             self._status = self._status or status
             if (there := _served(status)) != (first := _served(self._status)):
                 raise ValueError(
@@ -89,9 +94,11 @@ class RemoteEngine:
             return f"task={self.task}"
         if (items := self._setup.catalogue.num_items) != status["items"]:
             return f"a workload of {items} items"
-        own = getattr(self._setup.retrieval or self._setup.model, "weights", None) or f"{RANDOM}{self._setup.seed}"
+        retrieval, model, seed = self._setup.retrieval, self._setup.model, self._setup.seed
+        stages: dict[str, list[object]] = {"rank": [model], "generate": [retrieval], "recommend": [retrieval, model]}
+        own = "; ".join(dict.fromkeys(getattr(its, "weights", None) or f"{RANDOM}{seed}" for its in stages[self.task]))
         theirs = {one for strategy in status["strategies"] if (one := strategy["weights"])}
-        if theirs and own not in theirs and any(text.startswith(RANDOM) for text in (own, *theirs)):
+        if theirs and _random(own) not in map(_random, theirs):
             return f"a model whose weights are {own}"
         return ""
 
@@ -185,13 +192,18 @@ class RemoteRecommender(RemoteEngine):
 
 
 def _other(url: str, status: dict[str, Any], asked: str) -> str:
-    """Return the refusal of a server that serves something else, in one line."""
+    """Return the refusal of a server that serves something else, in one line, without its option."""
     weights = sorted({one for strategy in status["strategies"] if (one := strategy["weights"])})
     what = f"task={status['task']} on workload={status['workload']} with {status['items']} items: {_served(status)}"
     return (
-        f"engine.url: {url} serves {what}{', weights: ' if weights else ''}{'; '.join(weights)}. Asked was {asked}; "
+        f"{url} serves {what}{', weights: ' if weights else ''}{'; '.join(weights)}. Asked was {asked}; "
         "give the task, the workload, the model and the seed of the server"
     )
+
+
+def _random(weights: str) -> set[str]:
+    """Return the random ones of a strategy's weights, by their seeds. A file may have another path there."""
+    return {its for its in weights.split("; ") if its.startswith(RANDOM)}
 
 
 def _served(status: dict[str, Any]) -> str:
