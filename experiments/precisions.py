@@ -52,8 +52,9 @@ ROUNDED: dict[str, dict[str, Any]] = {  # options of RankingReference.scores
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__ or "")
-    parser.add_argument("--case", action="append", metavar="OVERRIDES", help="an engine, by its overrides; repeat it")
-    parser.add_argument("--rounded", action="store_true", help="only the rows without an engine")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--case", action="append", metavar="OVERRIDES", help="an engine, by its overrides; repeat it")
+    some.add_argument("--rounded", action="store_true", help="only the rows without an engine")
     args = parser.parse_args(arguments)
     [base] = common.specs_of(parser, DEFAULTS, args.overrides, multirun=False)
     if base.model.weights is None:

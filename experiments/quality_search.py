@@ -157,7 +157,7 @@ def command(recipe: Recipe, data: Path, out: Path, folder: Path, minutes: float)
     """The words of a recipe's training, which ends within the minutes."""
     every = (training for chain in quality_gpu.chains(data, 1) for training in chain)
     base = next(t.words for t in every if (t.data, t.kind) == (recipe.data, recipe.kind))
-    if base[-len(quality_gpu.TAUGHT) :] == quality_gpu.TAUGHT:  # what was chosen by these recipes
+    if base[-len(quality_gpu.TAUGHT) :] == quality_gpu.TAUGHT:  # the recipe chosen there; each one here names its own
         base = base[: -len(quality_gpu.TAUGHT)]
     words = [*base, *recipe.words.split(), f"training.minutes={minutes:.2f}", f"out={folder}", f"output_root={out}"]
     if recipe.after:

@@ -267,6 +267,9 @@ def test_precisions_are_compared_with_a_trained_model(program: Any, tmp_path: Pa
     with pytest.raises(SystemExit):
         program("precisions").main([])
     assert "model.weights=FILE is needed" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        program("precisions").main(["--rounded", *case])
+    assert "argument --case: not allowed with argument --rounded" in capsys.readouterr().err
 
 
 def test_a_ranker_is_compared_with_one_like_sasrec(program: Any, tmp_path: Path, capsys: Capture) -> None:

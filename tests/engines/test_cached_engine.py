@@ -22,7 +22,7 @@ from helpers.replays import Replays
 from grengines.api import Catalogue, RankResult, Request, Setup, Tier
 from grengines.cache import host, policies
 from grengines.cache.config import CacheConfig, PagedCacheConfig
-from grengines.cache.extents import Extents, cut
+from grengines.cache.extents import Extents, cut, joined
 from grengines.cache.host import HostTier, Load, Onload
 from grengines.cache.pool import PagePool, PoolFullError
 from grengines.hstu.cached import CachedRanking
@@ -485,6 +485,7 @@ def test_extents_are_few_and_exact() -> None:
         free = sorted(extents.free_runs)
         assert all(a + n < b for (a, n), (b, _) in pairwise(free))  # adjacent free runs are merged
     assert list(cut([(10, 3), (20, 5)], 1, 6)) == [(11, 2), (20, 3)]
+    assert joined([(0, 2), (2, 3), (7, 1)]) == [(0, 5), (7, 1)]
 
 
 @pytest.mark.gpu

@@ -35,16 +35,8 @@ class Extents:
 
     def free(self, extents: Sequence[Extent]) -> None:
         """Give runs back."""
-        for extent in extents:
-            insort(self.free_runs, extent)
-            self.available += extent[1]
-        merged: list[Extent] = []
-        for begin, length in self.free_runs:
-            if merged and sum(merged[-1]) == begin:
-                merged[-1] = merged[-1][0], merged[-1][1] + length
-            else:
-                merged.append((begin, length))
-        self.free_runs = merged
+        self.available += sum(length for _, length in extents)
+        self.free_runs = joined(sorted([*self.free_runs, *extents]))
 
     def _best_fit(self, n: int) -> Extent:
         """Return the shortest run of n pages or more, or the longest run."""
@@ -69,6 +61,7 @@ def joined(extents: Iterable[Extent]) -> list[Extent]:
     found: list[Extent] = []
     for begin, length in extents:
         if found and sum(found[-1]) == begin:
-            begin, length = found[-1][0], found.pop()[1] + length
-        found.append((begin, length))
+            found[-1] = found[-1][0], found[-1][1] + length
+        else:
+            found.append((begin, length))
     return found
