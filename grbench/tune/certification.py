@@ -20,8 +20,8 @@ CERTIFIED = 10_000  # requests of a run that certifies, at least
 # has room for the first at no rate.
 MARGIN, LEAST_MARGIN = 2, 1
 AGAIN = 1.25  # the same once certifying runs have shown what they are worth
-SHARE = 0.6  # of the budget, at most, if there is room for a run that fails, too
-MOST = 0.75  # of the budget that is reserved, at most
+SHARE = 0.6  # of the budget, at most, for a try, and for what is reserved with a run that fails
+MOST = 0.75  # of the budget, at most, for a try that has no room otherwise
 NEAR = rates.steps(1.2)  # below the best, within which the second may become the best again
 STEPS = 2  # by which a rate that fails is lowered first, then twice as many each time
 LAST = 5  # by which a try is lowered, at most, so that the budget has room for another one after it
@@ -48,7 +48,7 @@ class Certificate:
     step: int
     outcomes: list[Outcome]
     together: Outcome
-    failures: list[str]  # better ones that did not, or that the budget had no room for
+    failures: list[str]  # better ones that did not, or that the budget had no room for, alone or with another try
 
     @property
     def requests(self) -> int:
@@ -57,9 +57,10 @@ class Certificate:
 
 
 def reserve(knowledge: Knowledge, evaluator: Evaluator) -> float:
-    """Return the share of the budget that certifies the best so far, after a run that fails if that is little.
+    """Return the share of the budget that certifies the best so far, after one that fails if that is `SHARE` at most.
 
-    The second may become the best again, so that there is room for it, too, if it is near.
+    So two tries have three runs, because a figure beyond its limit in the first ends one. Room for four did not certify
+    more often (docs/TUNING.md). The second may become the best again, so that there is room for it, too, if it is near.
     Returns 0 if it would leave too little of the budget for the search: the answer then says what is missing.
     """
     best = [(trial, trial.low) for trial in knowledge.ranking()[:2] if trial.low is not None]
@@ -103,9 +104,10 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
             missing = missing or without
             tries[id(trial)] = _with_room(goal, evaluator, trial, attempt.step, [evaluator.left()])
             continue
-        attempt = _with_another(goal, evaluator, trial, attempt, beyond)
-        outcomes, found, why = _runs(goal, evaluator, progress, trial, attempt)
-        step = attempt.step
+        if (lowered := _with_another(goal, evaluator, trial, attempt, beyond)) != attempt:
+            failures.append(_instead(goal, evaluator, trial, attempt, lowered))
+        outcomes, found, why = _runs(goal, evaluator, progress, trial, lowered)
+        step = lowered.step
         if not why:
             knowledge.concluded = True
             return Certificate(trial, step, outcomes, found, [*failures, *([missing] if missing else [])])
@@ -119,7 +121,7 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
         if not found.ok or judge(goal.limits, found)[0] is not Verdict.LIKELY:
             beyond = True
             falls[id(trial)] = fall = 2 * falls.get(id(trial), STEPS // 2)
-        tries[id(trial)] = Try(step - fall) if step - fall > _lowest(goal, trial, step) else None
+        tries[id(trial)] = Try(step - fall) if step - fall >= _lowest(goal, trial, step) else None
     knowledge.uncertified = "; ".join([*([missing] if missing else []), *failures[-1:]])
     return None
 
@@ -133,8 +135,8 @@ def _first_step(goal: Goal, trial: Trial) -> int | None:
 
 
 def _lowest(goal: Goal, trial: Trial, step: int) -> int:
-    """Return the step below all that are certified instead of one."""
-    return step - 1 if goal.rate is not None or trial.top is None else trial.top - BOTTOM
+    """Return the lowest step to certify instead of one: itself if the rate is given or none was measured offline."""
+    return step if goal.rate is not None or trial.top is None else min(trial.top - BOTTOM + 1, step)
 
 
 def _with_room(goal: Goal, evaluator: Evaluator, trial: Trial, step: int, shares: Sequence[float]) -> Try | None:
@@ -142,7 +144,7 @@ def _with_room(goal: Goal, evaluator: Evaluator, trial: Trial, step: int, shares
 
     shares: in order of preference. The least margin is for what has room at no rate otherwise.
     """
-    lower = range(step, min(_lowest(goal, trial, step), step - 1), -1)
+    lower = range(step, _lowest(goal, trial, step) - 1, -1)
     for margin, share in itertools.product((MARGIN, LEAST_MARGIN), shares):
         for tried in (Try(s, margin) for s in lower):
             if evaluator.share(certifying(goal, evaluator, trial, tried)) <= share + ROUNDING:
@@ -154,20 +156,38 @@ def _with_another(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try, 
     """Return a try after which the budget has room for another one: this one, or the highest of up to `LAST` lower.
 
     If there is none, it is the one that takes least of the budget, so that other work is the least likely to come:
-    requests are worth more at a lower rate, but 10,000 of them take longer. Of equal ones, as in a budget of cells, it
-    is the one lower by `LAST`, and until a figure was beyond its limit, `STEPS` below the first.
+    requests are worth more at a lower rate, but 10,000 of them take longer. Where all take the same, as in a budget of
+    cells, it is the one lower by `LAST`, and until a figure was beyond its limit, `STEPS` below the first.
     """
-    if goal.rate is not None:
-        return attempt
+    lowest = max(attempt.step - LAST, _lowest(goal, trial, attempt.step))
+    steps, left = range(attempt.step, lowest - 1, -1), evaluator.left() + ROUNDING
+
+    def at(step: int) -> Try:
+        return dataclasses.replace(attempt, step=step)
 
     def share(step: int) -> float:
-        return evaluator.share(certifying(goal, evaluator, trial, dataclasses.replace(attempt, step=step)))
+        return evaluator.share(certifying(goal, evaluator, trial, at(step)))
 
-    steps, left = range(attempt.step, attempt.step - LAST - 1, -1), evaluator.left() + ROUNDING
-    twice = next((step for step in steps if share(step) + share(step - STEPS) <= left), None)
-    fall = LAST if beyond else max(attempt.step - (_first_step(goal, trial) or attempt.step) + STEPS, 0)
-    step = min([attempt.step - fall, *steps], key=share) if twice is None else twice
-    return dataclasses.replace(attempt, step=step)
+    for step in steps:
+        if share(step) + share(step - STEPS) <= left:
+            return at(step)
+    shares = [share(step) for step in steps]
+    if min(shares) < max(shares):
+        return at(steps[shares.index(min(shares))])
+    first = _first_step(goal, trial)
+    assert first is not None  # there is a try
+    return at(lowest if beyond else max(lowest, min(attempt.step, first - STEPS)))
+
+
+def _instead(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try, lowered: Try) -> str:
+    """Return in words why a try is lowered, and a budget with room for the one that was due and another after it."""
+    tries = (attempt, dataclasses.replace(attempt, step=attempt.step - STEPS))
+    both = [run for due in tries for run in certifying(goal, evaluator, trial, due)]
+    rate, lower = (f"{rates.rate_of(due.step):.4g}" for due in (attempt, lowered))
+    return (
+        f"{trial.configuration.name} at {lower} instead of {rate} requests/s: a try at {rate} leaves no room for "
+        f"another one, and both take {evaluator.budget_for(both)}"
+    )
 
 
 def _score_at(knowledge: Knowledge, trial: Trial, step: int) -> float:

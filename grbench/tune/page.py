@@ -71,7 +71,7 @@ def blocks(knowledge: Knowledge, found: Answer | None, declared: Declared, space
         ]
         content += [Heading("Rank correlation with what probes at rates found"), Bullets(words)]
     if found and found.certificate and found.certificate.failures:
-        content += [Heading("Did not pass certification"), Bullets(found.certificate.failures)]
+        content += [Heading("Better, but not certified"), Bullets(found.certificate.failures)]
     if knowledge.left_out:
         slow = [[str(len(some)), reason] for reason, some in knowledge.left_out.items()]
         content += [Heading("Left out during the search"), Table(["configurations", "reason"], slow)]

@@ -327,6 +327,7 @@ def test_the_default_is_measured_alone_if_others_are_judged_by_its_quality() -> 
     [
         (3, 0.77, [2, 9]),  # there is no room for both runs of two tries: the second is five steps below the next one
         (4, 0.83, [0, 7]),
+        (4, 0.77, [0, 7, 16]),  # the second fails, too
         (2, 0.94, [2]),  # the first try is the last
         (100, 0.77, [0, 2, 6, 14]),
     ],
@@ -345,6 +346,27 @@ def test_the_last_try_that_the_budget_has_room_for_is_at_a_lower_rate(
     certificate = certify(search, evaluator)
     tried = dict.fromkeys(low - rates.step_below(1.001 * (probe.rate or 0)) for _, probe in evaluator.probes[measured:])
     assert list(tried) == lower and certificate is not None and certificate.step == low - lower[-1]
+
+
+def test_a_rate_that_is_lowered_for_another_try_says_so_and_names_a_budget_for_both() -> None:
+    [best] = ALL[:1]
+    evaluator = Capacities({best: 100.0})
+    search = Knowledge(Goal("throughput", (P99,)), BATCHING)
+    Search(search, [best], evaluator, Listed([best])).run()
+    low, measured = search.trials[0].low, len(evaluator.probes)
+    assert low is not None
+    evaluator.cells = measured + 3
+    certificate = certify(search, evaluator)
+    rate, lower = rates.rate_of(low), rates.rate_of(low - 2)
+    assert certificate is not None and certificate.step == low - 2
+    assert certificate.failures == [
+        f"hstu max_batch=1 at {lower:.4g} instead of {rate:.4g} requests/s: a try at {rate:.4g} leaves no room for "
+        f"another one, and both take 4 cells: set budget={measured + 4}cells"
+    ]
+    del evaluator.probes[measured:]
+    evaluator.cells = measured + 4
+    certificate = certify(search, evaluator)
+    assert certificate is not None and certificate.step == low and not certificate.failures
 
 
 class Alike(Capacities):
@@ -684,7 +706,7 @@ def test_a_budget_too_small_to_certify_says_which_one_would_do() -> None:
 def test_the_budget_of_a_certification_is_kept_from_the_search() -> None:
     evaluator = Capacities(CAPACITY, cells=60)
     search = searched(evaluator)
-    assert 2 <= 60 - len(evaluator.probes) <= 50  # room for the first rate and for a lower one
+    assert 3 <= 60 - len(evaluator.probes) <= 50  # room for a run that fails, and for both of a lower rate
     assert certify(search, evaluator) is not None
     assert reserve(search, evaluator) == 0  # what is left is free
 

@@ -268,7 +268,10 @@ def test_latencies_that_are_alike_are_certified_with_the_requests_that_prove_the
 def test_a_machine_with_bursts_of_other_work_certifies_more_often_than_not(
     setup: tuple[list[str], float, Space], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batches take five times as long in 2 of 21 spans of 5 s, so that a run with a burst has a p99 of seconds."""
+    """Batches take five times as long in 2 of 21 spans of 5 s, so that a run with a burst has a p99 of seconds.
+
+    Seeds 4 and 5 alone are certified if no try is lowered so that another one has room.
+    """
     words, most, built = setup
     certified = 0
     for seed in (3, 4, 5, 6):
