@@ -53,7 +53,9 @@ def with_losses(deployment: Deployment, options: Mapping[str, Mapping[str, Any]]
 
 
 def _with_loss(step: Step, first: str, decisive: Mapping[str, Options], measured: Measured) -> Step:
-    """Return a step with its loss. Raises ConfigError without a record that matches."""
+    """Return a step with its loss: fewer candidates keep a typed one. Raises ConfigError if no record matches."""
+    if step.max_candidates and step.loss:
+        return step
     if step.max_candidates:
         raise ConfigError("no study measures answers without the last candidates; type the loss into the file")
     base = decisive[first]

@@ -107,6 +107,7 @@ def _strategy(strategy: Strategy) -> dict[str, Any]:
         "state": str(strategy.state),
         "why": strategy.why,
         "engine": strategy.spec.engine.name,
+        "model": strategy.spec.model.name,
         "precision": actual.get("precision", ""),
         "weights": "; ".join(dict.fromkeys(its for stage in stages if (its := stage.get("weights")))),
         "cache_precision": actual.get("cache_precision", ""),

@@ -521,6 +521,9 @@ def test_a_server_of_another_task_or_seed_is_refused(server: Serving) -> None:
     engine = made(0)
     engine.prepare(trace.requests, 1)
     assert len(engine.rank(trace.requests[:2]).scores) == 2
+    other = replace(spec.model, name="hstu_0p2b")
+    with pytest.raises(ValueError, match=r"Asked was model=hstu_0p2b, and the server's is hstu_tiny; give the task"):
+        registry.build(RemoteConfig(url=server.url), other, spec.kernel, trace.catalogue, 0).prepare(trace.requests, 1)
     for task in ("generate", "recommend"):
         with pytest.raises(ValueError, match=rf"serves task=rank on .*\. Asked was task={task}; give the task"):
             made(0, task=task).prepare(trace.requests, 1)

@@ -208,6 +208,13 @@ def test_the_precision_of_a_record_is_that_which_ran() -> None:
     assert_is(short, "auc_loss", "Rank: history window against speed", "8")
 
 
+def test_fewer_candidates_keep_the_loss_that_was_typed() -> None:
+    typed = Step("half", max_candidates=16, loss={"auc_loss": 0.003})
+    kept, short = with_losses(*rank(typed, Step("short", max_history=8)), read_cells([KEPT]))
+    assert kept == typed
+    assert_is(short, "auc_loss", "Rank: history window against speed", "8")
+
+
 def test_a_loss_of_nothing_has_no_sign() -> None:
     """A record is there twice, the second time as if its window were shorter."""
     [base] = [(f, record) for f, record in read_cells([KEPT]) if f.name == "rank_offline_quality_requests=1000"]

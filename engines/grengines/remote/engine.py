@@ -95,6 +95,8 @@ class RemoteEngine:
         if (items := self._setup.catalogue.num_items) != status["items"]:
             return f"a workload of {items} items"
         retrieval, model, seed = self._setup.retrieval, self._setup.model, self._setup.seed
+        if model.name not in (models := {strategy.get("model", model.name) for strategy in status["strategies"]}):
+            return f"model={model.name}, and the server's is {', '.join(sorted(models))}"
         stages: dict[str, list[object]] = {"rank": [model], "generate": [retrieval], "recommend": [retrieval, model]}
         own = "; ".join(dict.fromkeys(getattr(its, "weights", None) or f"{RANDOM}{seed}" for its in stages[self.task]))
         theirs = {one for strategy in status["strategies"] if (one := strategy["weights"])}
