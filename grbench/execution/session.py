@@ -63,7 +63,7 @@ class CellSession:
             self._holds.enter_context(only_command(self._root, invocation.words))
         self.parts = _parts(run, self._root, gpus)  # before anything is recorded, since a cluster may refuse them
         self._places = Places(self.parts, self._say) if self.parts else None
-        self._tracking = run.tracking
+        self._tracking, self._rerun = run.tracking, run.rerun
         self._tracker = CellTracker(run.tracking, self._root)
         if self._sweep_id:
             facts = {"overrides": " ".join(invocation.words), "cells": str(self._total)}
@@ -272,7 +272,8 @@ class CellSession:
         self._print_cells()
         if cut_short:
             left = self._total - sum(record.status is not Status.INTERRUPTED for _, record in self._cells)
-            again = "; the same sweep goes on from here" if self._sweep_id else ""
+            again = "measures all again (rerun=true)" if self._rerun else "goes on from here"
+            again = f"; the same sweep {again}" if self._sweep_id and left else ""
             self._screen.print(f"{cut_short} with {left} of {self._total} cells to go{again}")
         where = shlex.quote(os.path.relpath(self._root))
         places = {"records": where, "report": f"python -m grbench report {where}"}

@@ -419,8 +419,17 @@ def test_exhausted_memory_is_a_record_and_the_sweep_goes_on(grbench_here: Grbenc
     assert statuses[64].status is Status.OK, statuses[64].error
 
 
-def test_a_signal_keeps_what_is_done(tmp_path: Path, running: list[Running]) -> None:
-    args = ["-m", *QUICK, "seed=0,1,2", "scenario.queries=500,100000000"]  # the second goes on until it is stopped
+@pytest.mark.parametrize(
+    "words, again", [([], "goes on from here"), (["rerun=true"], "measures all again (rerun=true)")]
+)
+def test_a_signal_keeps_what_is_done(tmp_path: Path, running: list[Running], words: list[str], again: str) -> None:
+    args = [
+        "-m",
+        *QUICK,
+        *words,
+        "seed=0,1,2",
+        "scenario.queries=500,100000000",
+    ]  # the second goes on until it is stopped
     running.append(run := Running(tmp_path, *args))
     worker = run.worker(1)
     os.kill(run.process.pid, signal.SIGTERM)
@@ -429,7 +438,7 @@ def test_a_signal_keeps_what_is_done(tmp_path: Path, running: list[Running]) -> 
     assert "Traceback" not in output
     assert sorted(r.status for r in found(run.root)) == ["INTERRUPTED", "OK"]
     assert "SIGTERM ended the command while the cell ran" in output
-    assert "5 of 6 cells to go" in output
+    assert f"5 of 6 cells to go; the same sweep {again}" in " ".join(output.split())
     assert not worker.is_running()
 
 
