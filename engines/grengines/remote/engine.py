@@ -156,6 +156,12 @@ class RemoteEngine:
         several = len(self._servers.clients) > 1
         return answers, times | ({"details": {f"server_{place + 1}": float(len(requests))}} if several else {})
 
+    def _lists(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return the fields of a result that has items for every request."""
+        answers, times = self._ask(requests)
+        tokens = sum(len(r.history_items) for r in requests)
+        return {"items": answers.items, "scores": answers.scores, "tokens": tokens, "padded_tokens": tokens, **times}
+
 
 class RemoteRanker(RemoteEngine):
     """Servers that rank. Satisfies grengines.api.Ranker."""
@@ -176,9 +182,7 @@ class RemoteGenerator(RemoteEngine):
 
     def generate(self, requests: Sequence[Request]) -> GenerateResult:
         """Find the most likely next items of every request. Raises ServerError."""
-        answers, times = self._ask(requests)
-        tokens = sum(len(r.history_items) for r in requests)
-        return GenerateResult(items=answers.items, scores=answers.scores, tokens=tokens, padded_tokens=tokens, **times)
+        return GenerateResult(**self._lists(requests))
 
 
 class RemoteRecommender(RemoteEngine):
@@ -188,9 +192,7 @@ class RemoteRecommender(RemoteEngine):
 
     def recommend(self, requests: Sequence[Request]) -> RecommendResult:
         """Find and rank items for every request. Raises ServerError."""
-        answers, times = self._ask(requests)
-        tokens = sum(len(r.history_items) for r in requests)
-        return RecommendResult(items=answers.items, scores=answers.scores, tokens=tokens, padded_tokens=tokens, **times)
+        return RecommendResult(**self._lists(requests))
 
 
 def _other(url: str, status: dict[str, Any], asked: str) -> str:
