@@ -14,6 +14,8 @@ from grbench.report.cells import Code
 if TYPE_CHECKING:
     from grbench.report.page import Block
 
+LONGEST = 240  # characters of a line of prose
+_PART = re.compile("(?<=;) ")  # between the parts of a long sentence
 # The end of a sentence: a stop, a space, and a capital, a code span or a bracket; not of "e.g. CUDA".
 _END = re.compile(r"""(?<=[\w)`\]*"”][.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.) +(?=[A-Z`*(\[])""")
 
@@ -62,11 +64,12 @@ def bullets(lines: Sequence[str]) -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """Return the sentences of a text, escaped. A stop within a code span ends none."""
+    """Return the sentences of a text, escaped, a long one in its parts. A stop within a code span ends none."""
     line = escape(text)
     spans = [match.span() for match in re.finditer("`[^`]*`", line)]
     ends = [match.end() for match in _END.finditer(line) if not any(a < match.end() < b for a, b in spans)]
-    return [line[a:b].rstrip() for a, b in zip([0, *ends], [*ends, len(line)], strict=True)]
+    whole = [line[a:b].rstrip() for a, b in zip([0, *ends], [*ends, len(line)], strict=True)]
+    return [part for one in whole for part in ([one] if len(one) <= LONGEST or "`" in one else _PART.split(one))]
 
 
 def escape(text: str) -> str:

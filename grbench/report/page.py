@@ -14,7 +14,7 @@ from grbench.report.findings import findings
 from grbench.report.frame import damaged_samples, has_samples
 from grbench.report.groups import Group, Row, group_cells
 from grbench.report.provenance import origin_line
-from grbench.report.table import MOST_COLUMNS, ROW, columns_for, legend, notes, without_least_needed
+from grbench.report.table import MOST_COLUMNS, ROW, columns_for, legend, notes, spans, without_least_needed
 from grbench.report.tradeoffs import READING, Tradeoff, tradeoffs
 from grbench.report.work import servers_of
 
@@ -128,11 +128,18 @@ def _group_blocks(number: int, group: Group, figures: bool) -> list[Block]:
     return content
 
 
+def _said(one: Tradeoff) -> list[Block]:
+    """Return what was found along an axis: one sentence, or a list of several."""
+    if len(parts := one.parts) == 1:
+        return [Text(one.sentence)]
+    return [Text(f"{one.against}:"), Bullets(parts)]
+
+
 def _tradeoff_blocks(traded: Sequence[Tradeoff], rows: Sequence[Row], figures: bool) -> list[Block]:
     """Return a section for each axis of quality against speed, then how to read them and the notes of their rows."""
     content: list[Block] = []
     for number, one in enumerate(traded, 1):
-        content += [Heading(one.title), Text(one.sentence), Table(*one.table())]
+        content += [Heading(one.title), *_said(one), Table(*one.table())]
         content += [Figure(f"quality_{number}", one.chart(number))] if figures else []
     if traded:
         content += [Heading("How to read quality against speed"), *_bullets(READING)]
@@ -181,17 +188,6 @@ def environment_blocks(recorded: Sequence[tuple[int, dict[str, Any]]]) -> list[B
         Heading("Environment"),
         Table(["", *heads], [[key, *(e.get(key, MISSING) for e, _ in different)] for key in keys]),
     ]
-
-
-def spans(numbers: Sequence[int]) -> str:
-    """Return sorted numbers as "1-3, 5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _requested_and_actual(rows: Sequence[Row]) -> list[Block]:

@@ -240,7 +240,8 @@ def _which(who: Sequence[str], every: int) -> str:
         return ("", " (both cells)")[every - 1] if every < 3 else f" (all {every} cells)"
     numbers = [name.removeprefix(ROW) for name in who if name.startswith(ROW)]
     if 1 < len(numbers) == len(who):  # a page's rows: a line with the word before each number is hard to read
-        return f" (rows {', '.join(numbers[:-1])} and {numbers[-1]})"
+        two = len(numbers) == 2
+        return f" (rows {' and '.join(numbers) if two else spans(sorted(map(int, numbers)))})"
     return f" ({named(who)})"
 
 
@@ -253,3 +254,14 @@ def _ranges(alike: Sequence[str]) -> str:
         return numbers[0] if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
     return NUMBER.sub(ends, alike[0])
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Return sorted numbers as "1-3, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

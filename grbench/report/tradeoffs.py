@@ -29,6 +29,7 @@ FIGURES = {  # those of a task, the headline first, and the name of each
     "generate": {"hr10": "HR@10", "ndcg10": "NDCG@10"},
     "recommend": {"hr10": "HR@10", "ndcg10": "NDCG@10"},
 }
+LEAST = 0.0001  # of a figure that is shown
 NOT_ALONE = (
     "speeds are not compared where other processes were at work, a run took less than a second or products are emulated"
 )
@@ -175,8 +176,18 @@ class Tradeoff:
         return self.base.alone and point.alone
 
     @property
+    def against(self) -> str:
+        """The base that the others are compared with, in words."""
+        return f"Against {self.axis.phrase.format(self.text(self.base))}"
+
+    @property
     def sentence(self) -> str:
         """The sentence of what was found."""
+        return f"{self.against}: {'; '.join(self.parts)}."
+
+    @property
+    def parts(self) -> list[str]:
+        """The findings, each of one or several of the others."""
         name, text = next(iter(self.figures.items()))
         parts, even = [], []
         for point in self.others:
@@ -187,9 +198,10 @@ class Tradeoff:
             verb, sign = ("gains", 1) if change.value > 0 else ("loses", -1)
             low, high = sorted((sign * change.low, sign * change.high))
             speed = f" and {self._gains(point)}" if self.comparable(point) else ""
-            parts.append(
-                f"{self.text(point)} {verb} {sign * change.value:.4f} [{low:.4f}, {high:.4f}] of {text}{speed}"
-            )
+            change_of = f"{verb} {sign * change.value:.4f} [{low:.4f}, {high:.4f}] of {text}"
+            if high < LEAST:
+                change_of = f"changes {text} by less than {LEAST}"
+            parts.append(f"{self.text(point)} {change_of}{speed}")
         if even:
             most = max(0.0, *(-self.change(point, name).low for point in even))
             names = _and([self.text(point) for point in even])
@@ -200,7 +212,7 @@ class Tradeoff:
             parts.append(f"{which} {self._gains(fastest)}")
         if not all(self.comparable(point) for point in self.others):
             parts.append(NOT_ALONE)
-        return f"Against {self.axis.phrase.format(self.text(self.base))}: {'; '.join(parts)}."
+        return parts
 
     def _gains(self, point: Point) -> str:
         gain = self.gain(point)
