@@ -25,6 +25,7 @@ MOST_GPU_PERCENT = 5.0
 DISTURBED = "measure again on an idle"  # in each note of a load
 GPU_PERIOD_S = 1.0  # NVML's utilisation is that of at most so long
 SHORTEST_S = 0.4  # of a reading: the kernel counts in ticks of 10 ms
+PORTS = {"http": 80, "https": 443}  # of a URL without one
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -145,7 +146,8 @@ class LoadWatch:
 
         Of a proxy that `grbench serve` has started, that command is meant: the replicas are its children too.
         """
-        port, sockets = f":{urlsplit(url).port:04X}", set()
+        parts, sockets = urlsplit(url), set()
+        port = f":{parts.port or PORTS[parts.scheme]:04X}"
         for table in ("tcp", "tcp6"):
             with contextlib.suppress(OSError):
                 for line in (self._proc / "net" / table).read_text().splitlines()[1:]:

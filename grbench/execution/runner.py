@@ -56,11 +56,11 @@ def run_cell(
         interrupted: KeyboardInterrupt | None = None
         spec_hash, files = spec.hash, spec.file_contents()  # as it begins: a file may be replaced meanwhile
         outcome: Outcome | None = None
-        reached = Reached()
+        work = _Work(spec, runner, folder, on_event, kept)
         record: RunRecord | None = None
         while record is None:  # again after a signal, which may come at any moment
             try:
-                outcome = outcome or _outcome(spec, runner, folder, on_event, kept, reached)
+                outcome = outcome or work.outcome()
                 with held():
                     record = _record(
                         spec,
@@ -79,22 +79,108 @@ def run_cell(
             except KeyboardInterrupt as e:
                 interrupted = e
                 ended = f"{e or 'SIGINT'} ended the command while the cell ran"
-                outcome = outcome or reached.ended(Status.INTERRUPTED, ended)
+                outcome = outcome or work.ended(Status.INTERRUPTED, ended)
         if interrupted is not None:
             raise Interrupted(record, folder, getattr(interrupted, "number", signal.SIGINT)) from interrupted
         return record, folder
 
 
 @dataclass
-class Reached:
-    """The last report of a worker: the step in which it is, in words, and its outcome before that step."""
+class _Work:
+    """The work of one cell in a worker, two if the first asks for the cell to be measured again.
 
+    kept: as of `run_cell`. step, so_far: the worker's last report: the step in which it is, in words, and its outcome
+    before that step.
+    """
+
+    spec: RunSpec
+    runner: RunnerConfig
+    folder: Path
+    on_event: Callable[[Event], None]
+    kept: KeptWorker | None
     step: str = STARTING
     so_far: Outcome = field(default_factory=Outcome)
+
+    def outcome(self) -> Outcome:
+        """Reserve the space for the record and run the cell. Returns an outcome also if the disk refuses."""
+        try:
+            records.reserve(self.folder)
+            outcome, again = self._measured()
+            if again is not None:
+                self.on_event({"stage": f"measuring again, because {again}"})
+                outcome, _ = self._measured()
+                outcome.notes.append(f"measured a second time, because {again}")
+            return outcome
+        except OSError as e:
+            status = Status.DISK_FULL if e.errno in (errno.ENOSPC, errno.EDQUOT) else Status.ERROR
+            return self.ended(status, f"{self.folder}: {e.strerror or e}; free some space or set runner.output_root")
 
     def ended(self, status: Status, error: str) -> Outcome:
         """Return the outcome of a cell that ended here."""
         return dataclasses.replace(self.so_far, status=status, error=error)
+
+    def _measured(self) -> tuple[Outcome, str | None]:
+        """Run the cell in a worker and pass its messages on. The worker of a cell that ends well may be kept.
+
+        Returns the worker's outcome, or how the worker ended, and why the cell is to be measured again, or None.
+        """
+        self.step, self.so_far = STARTING, Outcome()
+        kills_before = oom.kills()
+        worker = self.kept.give(self.spec, self.runner, self.folder) if self.kept is not None else None
+        worker = worker or Worker(self.spec, self.runner, self.folder, keep=self.kept is not None)
+        outcome: Outcome | None = None
+        again: str | None = None
+        timed_out, grace_s = False, 0.0  # Ctrl-C and the time limit stop the worker at once
+        waits = False
+        try:
+            watch = LoadWatch(worker.pid, worker.gpu, _servers(self.spec))
+            for event in worker.messages(time.monotonic() + self.runner.timeout_s):
+                if "outcome" in event:
+                    outcome = _outcome_of(event["outcome"])
+                elif "so_far" in event:
+                    self.so_far = _outcome_of(event["so_far"])
+                elif "again" in event:
+                    again = event["again"]
+                else:
+                    self.step = event.get("stage", self.step)
+                    watch.see(event.get("stage"))
+                    self.on_event(event)
+            grace_s = 5.0
+            waits = outcome is not None and outcome.waits
+        except TimeoutError:
+            timed_out = True
+        finally:
+            if not waits:
+                worker.stop(grace_s)
+        if waits:
+            assert self.kept is not None and outcome is not None
+            self.kept.keep(worker, self.spec, outcome.code)
+        elif -worker.returncode in ENDING:  # who ends a whole job signals all its processes: ours may be on its way
+            time.sleep(1.0)
+        if outcome is None:
+            killed_for_memory = worker.returncode == -signal.SIGKILL and oom.kills() > kills_before
+            return self._without_outcome(worker.returncode, timed_out, killed_for_memory), again
+        if outcome.status is Status.OK:
+            device = outcome.actual["device"]
+            outcome.metrics |= watch.metrics(device)
+            outcome.notes = with_load(outcome.notes, watch.notes(device))
+        return outcome, again
+
+    def _without_outcome(self, code: int, timed_out: bool, killed_for_memory: bool) -> Outcome:
+        """Return how a worker ended that reported no outcome. code: its exit code, negative for a signal."""
+        where = f"while {self.step}; its log ends: {last_line(self.folder / LOG_FILE)}"
+        if timed_out:
+            limit = f"runner.timeout_s={self.runner.timeout_s:g}"
+            return self.ended(Status.TIMEOUT, f"stopped after {limit} s, {where}")
+        if killed_for_memory:
+            why = "SIGKILL ended the worker while the kernel's out-of-memory killer ended a process"
+            return self.ended(Status.OOM, f"{why}; use a smaller cell")
+        if code > 0 and shutil.disk_usage(self.folder).free < MOST_LEFT:
+            why = f"the worker exited with {code} and no result, with no space left in {self.folder}"
+            return self.ended(Status.DISK_FULL, f"{why}; free some and run it again")
+        if code < 0:
+            return self.ended(Status.KILLED, f"{signal.Signals(-code).name} ended the worker, {where}")
+        return self.ended(Status.ERROR, f"the worker exited with {code} and no result, {where}")
 
 
 def lost(
@@ -181,95 +267,6 @@ def keep(record: RunRecord, folder: Path) -> Path:
         record.notes.append(f"{folder} could not be written ({e.strerror or e}): this record is kept in {spare}")
         records.save(record, spare)
         return spare
-
-
-def _outcome(
-    spec: RunSpec,
-    runner: RunnerConfig,
-    folder: Path,
-    on_event: Callable[[Event], None],
-    kept: KeptWorker | None,
-    reached: Reached,
-) -> Outcome:
-    """Reserve the space for the record and run the cell. Returns an outcome also if the disk refuses."""
-    try:
-        records.reserve(folder)
-        return _work(spec, runner, folder, on_event, kept, reached)
-    except OSError as e:
-        status = Status.DISK_FULL if e.errno in (errno.ENOSPC, errno.EDQUOT) else Status.ERROR
-        return reached.ended(status, f"{folder}: {e.strerror or e}; free some space or set runner.output_root")
-
-
-def _work(
-    spec: RunSpec,
-    runner: RunnerConfig,
-    folder: Path,
-    on_event: Callable[[Event], None],
-    kept: KeptWorker | None,
-    reached: Reached,
-    tries: int = 2,
-) -> Outcome:
-    """Run the cell in a worker and pass its messages on. Returns the worker's outcome, or how the worker ended.
-
-    kept: may have a worker with the cell's engine, and takes that of a cell that ends well. reached: takes what the
-    worker reports. tries: the most workers, where one asks for the cell to be measured again.
-    """
-    reached.step, reached.so_far = STARTING, Outcome()
-    kills_before = oom.kills()
-    worker = kept.give(spec, runner, folder) if kept is not None else None
-    worker = worker or Worker(spec, runner, folder, keep=kept is not None)
-    watch = LoadWatch(worker.pid, worker.gpu, _servers(spec))
-    outcome: Outcome | None = None
-    again: str | None = None
-    timed_out, grace_s = False, 0.0  # Ctrl-C and the time limit stop the worker at once
-    waits = False
-    try:
-        for event in worker.messages(time.monotonic() + runner.timeout_s):
-            if "outcome" in event:
-                outcome = _outcome_of(event["outcome"])
-            elif "so_far" in event:
-                reached.so_far = _outcome_of(event["so_far"])
-            elif "again" in event:
-                again = event["again"]
-            else:
-                reached.step = event.get("stage", reached.step)
-                watch.see(event.get("stage"))
-                on_event(event)
-        grace_s = 5.0
-        waits = outcome is not None and outcome.waits
-    except TimeoutError:
-        timed_out = True
-    finally:
-        if not waits:
-            worker.stop(grace_s)
-    if waits:
-        assert kept is not None and outcome is not None
-        kept.keep(worker, spec, outcome.code)
-    elif -worker.returncode in ENDING:  # who ends a whole job signals all its processes: ours may be on its way
-        time.sleep(1.0)
-    if again is not None and tries > 1:
-        on_event({"stage": f"measuring again, because {again}"})
-        outcome = _work(spec, runner, folder, on_event, kept, reached, tries - 1)
-        outcome.notes.append(f"measured a second time, because {again}")
-        return outcome
-    if outcome is not None:
-        if outcome.status is Status.OK:
-            device = outcome.actual["device"]
-            outcome.metrics |= watch.metrics(device)
-            outcome.notes = with_load(outcome.notes, watch.notes(device))
-        return outcome
-    where = f"while {reached.step}; its log ends: {last_line(folder / LOG_FILE)}"
-    if timed_out:
-        return reached.ended(Status.TIMEOUT, f"stopped after runner.timeout_s={runner.timeout_s:g} s, {where}")
-    if worker.returncode == -signal.SIGKILL and oom.kills() > kills_before:
-        why = "SIGKILL ended the worker while the kernel's out-of-memory killer ended a process"
-        return reached.ended(Status.OOM, f"{why}; use a smaller cell")
-    if worker.returncode > 0 and shutil.disk_usage(folder).free < MOST_LEFT:
-        why = f"the worker exited with {worker.returncode} and no result, with no space left in {folder}"
-        return reached.ended(Status.DISK_FULL, f"{why}; free some and run it again")
-    if worker.returncode < 0:
-        return reached.ended(Status.KILLED, f"{signal.Signals(-worker.returncode).name} ended the worker, {where}")
-    return reached.ended(Status.ERROR, f"the worker exited with {worker.returncode} and no result, {where}")
 
 
 def _outcome_of(message: dict[str, Any]) -> Outcome:

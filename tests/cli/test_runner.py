@@ -280,13 +280,31 @@ def test_a_signal_between_the_work_and_its_record_loses_neither(
         if signals:
             raise signals.pop()
 
-    monkeypatch.setattr(runner, "_work", lambda *given: records.Outcome(Status.OK))
+    monkeypatch.setattr(runner._Work, "outcome", lambda self: records.Outcome(Status.OK))
     monkeypatch.setattr(runner, "held", late)
     with pytest.raises(runner.Interrupted) as interrupted:
         runner.run_cell(spec, run.runner, tmp_path / "cell")
     assert interrupted.value.number == signal.SIGTERM
     [(folder, record)] = list(records.find(tmp_path))
     assert folder == interrupted.value.folder and record.status is interrupted.value.record.status is Status.OK
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_a_signal_just_after_a_worker_has_started_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its first message the launcher looks for the processes of servers, which takes a while."""
+    spec, run = compose_spec(QUICK)
+    workers = []
+
+    def stopped(worker: int, *given: object) -> None:
+        workers.append(worker)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "LoadWatch", stopped)
+    with pytest.raises(runner.Interrupted) as interrupted:
+        runner.run_cell(spec, run.runner, tmp_path / "cell")
+    assert interrupted.value.record.status is Status.INTERRUPTED
+    [worker] = workers
+    assert not psutil.pid_exists(worker)
 
 
 STARTING, SUMMARISING, WRITING = "building the engine", "computing the figures", "writing"

@@ -140,15 +140,18 @@ def test_a_server_of_this_machine_that_is_measured_is_no_other_process() -> None
         worker.communicate(b"\n")
 
 
-def test_a_server_that_began_a_container_is_found(tmp_path: Path, at: Callable[..., None]) -> None:
-    """Its parent has number 0, which is no process."""
+@pytest.mark.parametrize(
+    ("url", "port"), [("http://127.0.0.1:8000", "1F40"), ("http://localhost", "0050"), ("https://localhost/", "01BB")]
+)
+def test_a_server_that_began_a_container_is_found(tmp_path: Path, at: Callable[..., None], url: str, port: str) -> None:
+    """Its parent has number 0, which is no process. A URL without a port has the one of its scheme."""
     at(0.0, worker=0, child=0, cores=(0, 0))
     (tmp_path / "net").mkdir()
-    (tmp_path / "net" / "tcp").write_text("head\n 0: 0100007F:1F40 00000000:0000 0A 0:0 0:0 0 0 0 4242 1\n")
+    (tmp_path / "net" / "tcp").write_text(f"head\n 0: 0100007F:{port} 00000000:0000 0A 0:0 0:0 0 0 0 4242 1\n")
     (tmp_path / "1" / "fd").mkdir(parents=True)
     (tmp_path / "1" / "fd" / "3").symlink_to("socket:[4242]")
     (tmp_path / "1" / "stat").write_text("1 (grbench) S 0 " + "0 " * 40)
-    assert LoadWatch(7, urls=["http://127.0.0.1:8000"], proc=tmp_path)._own == [7, 1]
+    assert LoadWatch(7, urls=[url], proc=tmp_path)._own == [7, 1]
 
 
 def test_a_server_whose_process_is_not_seen_is_named_in_the_note(tmp_path: Path, at: Callable[..., None]) -> None:
