@@ -376,7 +376,10 @@ class TestSmallEngine:
     def test_a_prompt_that_is_too_long_never_reaches_vllm(self, small: VLLMEngine) -> None:
         with pytest.raises(ValueError, match=r"a prompt of 30 tokens; the engine was prepared for up to 27$"):
             small.admit(0, requests_of([10])[0])
+        with pytest.raises(ValueError, match="a prompt of 30 tokens"):
+            small.generate([REQUESTS[0], requests_of([10])[0]])
         assert small.unfinished == 0
+        assert len(small.generate(REQUESTS[:2]).items) == 2  # the batch that was refused left nothing behind
 
     def test_a_dead_core_says_why(self, small: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: Any, **__: Any) -> None:

@@ -107,14 +107,14 @@ class VLLMEngine(GeneratingEngine):
     def generate(self, requests: Sequence[Request]) -> GenerateResult:
         """Generate as grengines.api.Generator describes, with `admit` and `step`.
 
-        Raises RuntimeError before `prepare`, and while requests are in flight.
+        Raises RuntimeError before `prepare` and while requests are in flight, ValueError as `admit`, admitting none.
         """
         searches = self.searches
         if searches is None or searches.unfinished:
             raise RuntimeError("the engine is not prepared, is closed, or has requests in flight")
         begun = time.perf_counter()
-        for i, request in enumerate(requests):
-            self.admit(i, request)
+        for i, prompt in enumerate([self._checked_prompt(request) for request in requests]):
+            self._admit(searches, i, prompt)
         admitted = time.perf_counter()
         steps = searches.steps
         done: dict[int, Finished] = {}
@@ -142,11 +142,10 @@ class VLLMEngine(GeneratingEngine):
 
     def admit(self, key: int, request: Request) -> None:
         """Begin one request. Raises ValueError for a prompt longer than those that the engine was prepared for."""
-        searches, prompt = self._ready(self.searches), self._prompt(request)
-        if len(prompt) > self._longest_prompt:
-            raise ValueError(
-                f"a prompt of {len(prompt)} tokens; the engine was prepared for up to {self._longest_prompt}"
-            )
+        self._admit(self._ready(self.searches), key, self._checked_prompt(request))
+
+    def _admit(self, searches: Searches, key: int, prompt: Int64Array) -> None:
+        """Begin one search, on every rank."""
         with self.team.call("admit", [], key=key, prompt=prompt):
             searches.admit(key, prompt)
 
@@ -234,6 +233,15 @@ class VLLMEngine(GeneratingEngine):
         """Return int64 [tokens]: the last whole items within max_positions tokens, or the begin token for none."""
         sizes = self._retrieval.ids.sizes
         return prompt_of(self._retrieval.prompt(request), sizes, self._model_config.max_positions)
+
+    def _checked_prompt(self, request: Request) -> Int64Array:
+        """Return the prompt of a request. Raises ValueError for one longer than those that `prepare` was given."""
+        prompt = self._prompt(request)
+        if len(prompt) > self._longest_prompt:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens; the engine was prepared for up to {self._longest_prompt}"
+            )
+        return prompt
 
     def _check_options(self, limit: int) -> None:
         """Raise ValueError for options with which a search of `limit` tokens can't run."""

@@ -46,8 +46,8 @@ class Searches:
         """Begin one search. prompt: int64 [tokens]."""
         name = str(self._number)
         self._number += 1
-        self._in_flight[name] = Search(key, len(prompt))
         self._core.submit(name, prompt)
+        self._in_flight[name] = Search(key, len(prompt))
 
     @torch.inference_mode()
     def step(self) -> list[Finished]:
