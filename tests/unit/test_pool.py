@@ -349,6 +349,21 @@ def test_abort_leaves_what_was_cached_and_plans_end_once() -> None:
     assert visit(states, request_of(events_of(20))).cached == 5
 
 
+def test_a_lookup_that_fails_takes_nobody_in_flight() -> None:
+    """Times of another type than the state's, and fewer than events, can't be compared with them."""
+    states = make_states()
+    for user in (1, 2):
+        visit(states, request_of(events_of(10), user))
+    before, good = states.snapshot().states, request_of(events_of(10), 1)
+    wrong = dataclasses.replace(request_of(events_of(10), 2), history_timestamps=np.zeros(5, np.int32))
+    with pytest.raises(ValueError, match="broadcast"):
+        states.lookup([good, wrong], now=1.0)
+    after = states.snapshot()
+    assert not after.in_flight and states.pool.used == 6
+    assert {user: s.tokens for user, s in after.states.items()} == {user: s.tokens for user, s in before.items()}
+    assert [visit(states, request_of(events_of(10), user)).cached for user in (1, 2)] == [10, 10]
+
+
 def test_what_is_evicted_in_flight_is_gone_when_it_lands() -> None:
     states = make_states()
     for user in (1, 2, 3):

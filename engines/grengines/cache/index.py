@@ -80,14 +80,18 @@ class StateIndex:
         return [Plan(r.request_id, r.user_id, of(r), context + len(r.history_items), now) for r in requests]
 
     def pin(self, plan: Plan) -> State | None:
-        """Hand the valid part of the user's state to the plan, and free the rest. Return the state that there was."""
-        self.in_flight[plan.user] = plan
-        state = self.states.pop(plan.user, None)
+        """Hand the valid part of the user's state to the plan, and free the rest. Return the state that there was.
+
+        An error of the comparison changes nothing.
+        """
+        state = self.states.get(plan.user)
         if state is not None:
-            plan.known = True
             valid = self.valid(state.tokens, state.history, plan.history)
+            del self.states[plan.user]
+            plan.known = True
             plan.on_device = plan.cached = plan.stored = valid
             plan.pages = state.pages if valid == state.tokens else self._cut(state.pages, valid)
+        self.in_flight[plan.user] = plan
         return state
 
     def unpin(self, plan: Plan, tokens: int) -> bool:

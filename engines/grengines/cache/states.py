@@ -127,12 +127,17 @@ class UserStates:
     def lookup(self, requests: Sequence[Request], now: float) -> list[Plan]:
         """Find and pin the cached part of each request's history. now: the policy's clock, seconds.
 
-        Each plan must be committed or aborted.
+        Each plan must be committed or aborted. After an error no request is in flight.
         """
         plans = self._index.plans(requests, now)
         with self._lock:
-            for plan in plans:
-                self._find(plan)
+            try:
+                for plan in plans:
+                    self._find(plan)
+            except BaseException:
+                for plan in plans:
+                    self.abort(plan)
+                raise
         return plans
 
     def extend(self, plan: Plan, share: float = 1.0) -> bool:
