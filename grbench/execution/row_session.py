@@ -5,19 +5,15 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
 
 from grbench.config.jobs import Invocation, Job
 from grbench.execution import results
-from grbench.execution.clock import SILENCE_S, at_most_every, pace
 from grbench.execution.folders import only_writer
+from grbench.execution.watch import Show, watch
 from grbench.tracking import where_to_look
 from grbench.tracking.rows import RowTracker
 
@@ -75,31 +71,9 @@ class RowSession:
         """Print one line of progress."""
         self._screen.print(text, soft_wrap=True, markup=False, highlight=False)
 
-    @contextlib.contextmanager
-    def watch(self, what: str, most_s: float = math.inf) -> Iterator[Callable[..., None]]:
-        """Show how far work is: a bar on a terminal, else a line now and then. Yields what takes (done, total).
-
-        most_s: of the work, which ends then. A third number, if it is given, are the seconds of what follows the total.
-        """
-        begun = time.monotonic()
-        say = at_most_every(SILENCE_S, self.show)
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[pace]}"),
-            console=self._screen,
-            transient=True,
-            disable=not self._screen.is_terminal,
-        ) as bar:
-            task = bar.add_task(escape(what), total=None, pace="")
-
-            def show(done: float, total: float, after_s: float = 0.0) -> None:
-                took = pace(time.monotonic() - begun, done, total, most_s, after_s)
-                bar.update(task, completed=done, total=total, pace=took)
-                if not self._screen.is_terminal:
-                    say(f"{what}: {done:,.0f} of {total:,.0f}, {took}")
-
-            yield show
+    def watch(self, what: str, most_s: float = math.inf) -> contextlib.AbstractContextManager[Show]:
+        """Show how far work is (`watch` of grbench/execution/watch.py)."""
+        return watch(self._screen, what, most_s)
 
     def close(self, cut_short: str = "") -> int:
         """Print the tables and end the parent run. Returns 0, or 1 if a row is wrong.

@@ -7,15 +7,23 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
+from grbench import signals
 from grbench.config.arguments import Arguments, CommandError
 from grbench.config.compose import plan_jobs, prepare_hydra
+from grbench.config.jobs import Job
 from grbench.config.schema import to_spec
 from grbench.execution import results
 from grbench.execution.folders import require_writable
-from grbench.quality.trained import as_run, with_trained
+from grbench.execution.watch import watch
+from grbench.quality.trained import Wanted, as_run, with_trained
 from grbench.report.markdown import table
+
+if TYPE_CHECKING:
+    from grbench.quality.evaluate import Evaluation
 
 SHOWN = ("hr10", "ndcg10", "mrr10", "hr10_new", "ndcg10_new")  # columns of lists; a ranker has all its figures
 
@@ -52,37 +60,47 @@ def main(words: Sequence[str]) -> int:
     prepare_hydra()
     run_words, wanted = as_run(args.overrides)
     _, jobs = plan_jobs("config", to_spec, run_words, args.multirun, args.config_dir, partial(_say, "grbench evaluate"))
-    from grbench.quality.evaluate import Evaluation, evaluate
     from grengines.api import UnavailableError
 
     common = set.intersection(*(set(job.overrides) for job in jobs))
     facts = {"kind": "evaluate", **results.origin(["python", "-m", "grbench", "evaluate", *words])}
-    rows: list[dict[str, Any]] = []
     found: list[tuple[str, Evaluation]] = []
     code = 0
-    for job in jobs:
-        name = " ".join(word for word in job.overrides if word not in common) or job.config[0].engine.name
-        try:
-            spec, run = job.config
-            spec, lines = with_trained(spec, wanted, Path(run.runner.output_root), job.overrides)
-            for line in lines:
-                _say(name, line)
-            evaluation = evaluate(spec, args.users, partial(_say, name))
-        except UnavailableError as e:
-            _say(name, f"UNAVAILABLE: {e}")
-            code = 1
-            continue
-        except (ValueError, OSError) as e:
-            raise e if isinstance(e, CommandError) else CommandError(" ".join(str(e).split())) from e
-        found.append((name, evaluation))
-        rows.append(_row(name, evaluation))
-        if args.out:
-            results.save(args.out, facts, rows)
-    if found:
-        print(_page(found))
-    if args.out and rows:
-        _say("every figure", args.out / results.RESULTS_FILE)
+    try:
+        for job in jobs:
+            name = " ".join(word for word in job.overrides if word not in common) or job.config[0].engine.name
+            try:
+                evaluation = _evaluated(name, job, wanted, args.users)
+                with signals.held():
+                    found.append((name, evaluation))
+                    if args.out:
+                        results.save(args.out, facts, [_row(*one) for one in found])
+            except UnavailableError as e:
+                _say(name, f"UNAVAILABLE: {e}")
+                code = 1
+            except (ValueError, OSError) as e:
+                raise e if isinstance(e, CommandError) else CommandError(" ".join(str(e).split())) from e
+    except KeyboardInterrupt:
+        lost = "the figures of the others are lost, and the same command evaluates all again"
+        _say("grbench evaluate", f"interrupted with {len(found)} of {len(jobs)} configurations done; {lost}")
+        raise
+    finally:  # what is done is shown, whatever ends the rest
+        if found:
+            print(_page(found))
+            if args.out:
+                _say("every figure", args.out / results.RESULTS_FILE)
     return code
+
+
+def _evaluated(name: str, job: Job, wanted: Wanted, users: int) -> Evaluation:
+    from grbench.quality.evaluate import evaluate
+
+    spec, run = job.config
+    spec, lines = with_trained(spec, wanted, Path(run.runner.output_root), job.overrides)
+    for line in lines:
+        _say(name, line)
+    screen = Console(stderr=True)
+    return evaluate(spec, users, partial(_say, name), lambda what: watch(screen, f"{name}: {what}"))
 
 
 def _say(name: str, line: object) -> None:

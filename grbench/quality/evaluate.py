@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from grbench import workloads
 from grbench.config.schema import ConfigError, RunSpec, check_truth, weights_of
 from grbench.execution.retrieval import build_retrieval
+from grbench.execution.watch import Show
 from grbench.quality.exact import in_fp32, prepared
 from grbench.quality.held_out import HeldOut, doubt_of_lists
 from grbench.quality.lists import Lists
@@ -27,7 +29,9 @@ from grbench.workloads.item_map import check_items
 from grengines.api import Catalogue
 
 MAX_LOSS = 1e-3  # the loss that a precision may have without a word
+ANSWERS, EXACT = "answers", "answers of the same model in fp32"  # what a user watches
 Report = Callable[[str], None]
+Watching = Callable[[str], AbstractContextManager[Show]]
 
 
 @dataclass
@@ -69,18 +73,21 @@ class Evaluation:
         return lines
 
 
-def evaluate(spec: RunSpec, users: int, report: Report = lambda line: None) -> Evaluation:
+def evaluate(spec: RunSpec, users: int, report: Report, watching: Watching) -> Evaluation:
     """Evaluate one configuration. users: how many are asked about; 0: all.
 
-    To rank, `gate.quality_requests` says how many requests are asked about. Raises ConfigError and UnavailableError.
+    To rank, `gate.quality_requests` says how many requests are asked about. report: takes a line. watching: shows how
+    far the answers are. Raises ConfigError and UnavailableError.
     """
     check_truth(spec)
     if spec.task == "recommend" and (why := doubt_of_lists(spec.ranking_model.weights)):
         raise ConfigError(why)
-    return _of_scores(spec, report) if spec.task == "rank" else _of_lists(spec, users, report)
+    if spec.task == "rank":
+        return _of_scores(spec, report, watching)
+    return _of_lists(spec, users, report, watching)
 
 
-def _of_lists(spec: RunSpec, users: int, report: Report) -> Evaluation:
+def _of_lists(spec: RunSpec, users: int, report: Report, watching: Watching) -> Evaluation:
     assert spec.retrieval is not None and not isinstance(spec.workload, DrawnConfig)
     events = workloads.load_events(spec.workload)
     _check_items(spec, events)
@@ -94,22 +101,21 @@ def _of_lists(spec: RunSpec, users: int, report: Report) -> Evaluation:
     lists = Lists(split, chosen, workload.max_history, k, spec.seed, stale_events=workload.stale_events)
     catalogue = Catalogue(events.num_users, events.num_items, len(events.action_names))
 
-    def ask(its: RunSpec) -> tuple[Any, dict[str, Any], float]:
-        with prepared(its, catalogue, retrieval, lists.requests) as engine:
+    def ask(its: RunSpec, what: str) -> tuple[Any, dict[str, Any], float]:
+        with watching(what) as show, prepared(its, catalogue, retrieval, lists.requests) as engine:
             begun = time.perf_counter()
-            answers = lists.ask(engine, its.task, its.scenario.max_batch)
+            answers = lists.ask(engine, its.task, its.scenario.max_batch, show)
             return answers, engine.actual(), time.perf_counter() - begun
 
     report(f"{len(chosen):,} users are asked about, {k} items each")
-    answers, actual, seconds = ask(spec)
-    if exact := in_fp32(spec, actual):
-        report("the same model in fp32")
-    losses = lists.losses(answers, ask(exact)[0]) if exact else {}
+    answers, actual, seconds = ask(spec, ANSWERS)
+    exact = in_fp32(spec, actual)
+    losses = lists.losses(answers, ask(exact, EXACT)[0]) if exact else {}
     figures, notes = lists.estimates(answers), lists.notes(answers)
     return Evaluation(len(chosen), len(chosen), figures, lists.baselines(), losses, actual, seconds, notes)
 
 
-def _of_scores(spec: RunSpec, report: Report) -> Evaluation:
+def _of_scores(spec: RunSpec, report: Report, watching: Watching) -> Evaluation:
     if not spec.gate.quality_requests:
         raise ConfigError("gate.quality_requests=0: no request would be ranked; allowed here is >= 1")
     trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
@@ -127,16 +133,16 @@ def _of_scores(spec: RunSpec, report: Report) -> Evaluation:
     if rankings is None:
         raise ConfigError(f"model.weights={model.weights}: {NONE_LATER}")
 
-    def ask(its: RunSpec) -> tuple[Any, dict[str, Any], float]:
-        with prepared(its, trace.catalogue, None, rankings.requests) as engine:
+    def ask(its: RunSpec, what: str) -> tuple[Any, dict[str, Any], float]:
+        with watching(what) as show, prepared(its, trace.catalogue, None, rankings.requests) as engine:
             ranker: Any = engine  # it has the task rank
-            scores, seconds = rankings.ask(ranker, its.scenario.max_batch, its.cache.name != "none")
+            scores, seconds = rankings.ask(ranker, its.scenario.max_batch, its.cache.name != "none", show)
             return scores, engine.actual(), seconds
 
     report(f"the last {len(rankings.requests):,} requests are ranked")
-    scores, actual, seconds = ask(spec)
+    scores, actual, seconds = ask(spec, ANSWERS)
     exact = in_fp32(spec, actual)
-    losses = rankings.losses(scores, ask(exact)[0]) if exact else {}
+    losses = rankings.losses(scores, ask(exact, EXACT)[0]) if exact else {}
     users = len({r.user_id for r in rankings.requests})
     baselines = rankings.baselines()
     figures = rankings.estimates(scores)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from grbench.execution.watch import Show, unseen
 from grbench.quality import metrics
 from grbench.quality.metrics import CUTOFFS, Estimate, Floats, Ints
 from grbench.quality.protocol import LeaveOneOut, without
@@ -36,11 +37,12 @@ class Lists:
     def requests(self) -> list[Request]:
         return self.split.requests(self.users, self.max_history, stale_events=self.stale_events)
 
-    def ask(self, engine: Any, task: str, max_batch: int) -> list[Ints]:
+    def ask(self, engine: Any, task: str, max_batch: int, show: Show = unseen) -> list[Ints]:
         """Return the items that the engine finds for each user. task: generate or recommend."""
         requests, found = self.requests, list[Ints]()
         for begin in range(0, len(requests), max_batch):
             found += getattr(engine, task)(requests[begin : begin + max_batch]).items
+            show(len(found), len(requests))
         return found
 
     def figures(self, answers: Sequence[Ints]) -> dict[str, Floats]:

@@ -9,10 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from grbench.config.arguments import Arguments, CommandError
 from grbench.config.compose import plan_jobs, prepare_hydra
 from grbench.config.schema import ConfigError, RunSpec, to_spec
 from grbench.execution.folders import require_writable
+from grbench.execution.watch import watch
 from grbench.quality.trained import as_run
 from grbench.report.markdown import table
 from grbench.workloads.item_map import map_of
@@ -91,7 +94,7 @@ def _written(spec: RunSpec, out: Path, count: int, say: Any) -> str:
     if map_of(source).is_file():
         atomic_io.write(map_of(out), map_of(source).read_bytes())
     say(f"{out} is written")
-    evaluation = evaluate(spec, 0, say)
+    evaluation = evaluate(spec, 0, say, partial(watch, Console(stderr=True)))
     head = ["product", "spread", "outlier", "error", "with one scale"]
     rounding = [
         [f"{name.removesuffix('.weight')}, {kind}", *(f"{x:.3g}" for x in vars(loss).values())]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from grbench.execution.watch import Show, unseen
 from grbench.quality.labels import Labels, labels_of
 from grbench.quality.metrics import Estimate, Scored
 from grbench.workloads.trace import Trace
@@ -60,7 +61,9 @@ class Rankings:
     def requests(self) -> list[Request]:
         return [self.trace.requests[i] for i in self.indices]
 
-    def ask(self, engine: Ranker, max_batch: int, returning: bool = False) -> tuple[list[Float32Array], float]:
+    def ask(
+        self, engine: Ranker, max_batch: int, returning: bool = False, show: Show = unseen
+    ) -> tuple[list[Float32Array], float]:
         """Return the engine's logits [candidates, tasks] of each request, and the seconds that these answers took.
 
         returning: the engine has a KV cache, and each user comes first with the events of the previous visit, twice,
@@ -82,6 +85,7 @@ class Rankings:
             found += result.scores
             stored += sum(cached.tokens for cached in result.cached)
             tokens += sum(cached.of for cached in result.cached)
+            show(len(found), len(requests))
         if returning:
             share = stored / max(tokens, 1)
             self.notes.append(f"{share:.0%} of the histories of ranked requests were read from the KV cache")

@@ -16,6 +16,7 @@ from helpers.command import Grbench
 from helpers.mlflow_store import new_database
 from mlflow import MlflowClient
 
+from grbench.execution import watch
 from grbench.gate import quality
 from grbench.signals import Stopped
 from grbench.training import loop
@@ -167,6 +168,35 @@ def test_a_training_that_is_stopped_says_what_is_kept(
     steps[0], stop_at[0] = 0, -1
     done = grbench_here(*words, "out=mine")
     assert done.returncode == 0 and "going on from" in done.stderr and "epoch 1:" not in done.stderr
+
+
+def test_an_evaluation_shows_how_far_it_is_and_a_stop_keeps_what_is_done(
+    grbench_here: Grbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two configurations the signal comes in the second, whose figures are lost."""
+    walks(tmp_path)
+    small = [*MODEL, *WORKLOAD, "workload.num_candidates=6", "model.tasks=[rated]"]
+    done = grbench_here("train", *small, "training.epochs=1", "training.batch=8", "held_out=60", *QUIET, "out=ranker")
+    assert done.returncode == 0, done.stderr
+    rank = HSTUEngine.rank
+
+    def stopped(engine: HSTUEngine, requests: Any) -> Any:
+        if engine._precision == "fp16":
+            raise Stopped(signal.SIGTERM)
+        return rank(engine, requests)
+
+    monkeypatch.setattr(HSTUEngine, "rank", stopped)
+    monkeypatch.setattr(watch, "SILENCE_S", 0.0)
+    words = ["engine=hstu", *small, "model.weights=ranker/weights.safetensors", "gate.quality_requests=20"]
+    sweep = ["-m", "engine.precision=bf16,fp16", "scenario.max_batch=4"]
+    done = grbench_here("evaluate", *words, *sweep, "--out", "found")
+    assert done.returncode == 128 + signal.SIGTERM
+    for line in ("answers: 20 of 20, ", "answers of the same model in fp32: 20 of 20, "):
+        assert f"engine.precision=bf16: {line}" in done.stderr
+    assert "interrupted with 1 of 2 configurations done; the figures of the others are lost" in done.stderr
+    assert "| engine.precision=bf16 |" in done.stdout and "fp16" not in done.stdout
+    [row] = json.loads((tmp_path / "found" / "results.json").read_text())["rows"]
+    assert row["precision"] == "bf16"
 
 
 def pipeline_of(grbench_here: Grbench, folder: Path) -> list[str]:
