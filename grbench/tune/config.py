@@ -45,7 +45,9 @@ class TuneConfig:
         choices=OBJECTIVES,
     )  # fmt: skip
     budget: str = option(
-        "5min", "time or cells that the search may take: 90s, 60min, 2h, 40cells; 0cells: only records"
+        "5min",
+        "time or cells that this call may take, what earlier records answer not counted: 90s, 60min, 2h, 40cells; "
+        "0cells: only records",
     )
     rate: float | None = option(None, "objective=latency: requests a second", gt=0)
     space: Any = field(default_factory=dict)
@@ -59,7 +61,7 @@ class TuneConfig:
 
 @dataclass(frozen=True)
 class Budget:
-    """Seconds or cells that a search may take."""
+    """Seconds or cells that one call of a search may take. What earlier records answer costs nothing."""
 
     seconds: float | None = None
     cells: int | None = None

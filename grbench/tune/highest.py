@@ -10,7 +10,6 @@ from grbench.tune.knowledge import BOTTOM, Knowledge
 from grbench.tune.limits import Verdict
 from grbench.tune.probes import Probes, Task
 from grbench.tune.trial import LONGER, Trial
-from grbench.tune.worth import requests_needed
 
 COARSE = rates.steps(1.09)  # width of a bracket while configurations are compared
 OPEN = 1.0  # excess of an unsure figure over its limit, as a share, up to which a challenger is measured longer
@@ -73,10 +72,7 @@ class HighestRate:
 
     def _confirmable(self, trial: Trial) -> bool:
         """Return True unless even a longer probe at the best rate is worth too little for an interval."""
-        if trial.low is None:
-            return True
-        needed = requests_needed(self._knowledge.goal.limits, self._probes.evaluator, trial, trial.low)
-        return needed <= self._probes.probe(trial.low, LONGER).requests
+        return trial.low is None or self._probes.may_prove(trial, trial.low, LONGER)
 
     def _far_below(self, trial: Trial) -> bool:
         """Return True if nothing above the best rate of a trial was probed, and much more is expected."""

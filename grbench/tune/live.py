@@ -167,26 +167,28 @@ class LiveEvaluator:
 
     def pool(self, outcomes: Sequence[Outcome]) -> Outcome:
         """Return what runs show together; the worst, and a line that says why, where the samples of one are damaged."""
-        from grbench.report.frame import ReportError
-
-        try:
-            return pooled(outcomes, [latencies_of(outcome.folder) for outcome in outcomes])
-        except ReportError as e:
-            self._say(f"{e}; until then the worst run stands for all")
-            return worst(outcomes)
+        found = self._latencies(outcomes, "the worst run stands for all")
+        return pooled(outcomes, found) if found else worst(outcomes)
 
     def alike(self, probes: Sequence[Outcome], percent: float) -> float:
         """Return the independent samples that a request is worth; 0 for drawn events, which another seed changes."""
+        if not isinstance(next(iter(self._specs.values())).workload, RecordedConfig):
+            return 0.0
+        key = (tuple(outcome.folder for outcome in probes), percent)
+        if key not in self._alike:  # a plan asks for it at each of many rates
+            found = self._latencies(probes, "certifying runs are planned without it")
+            self._alike[key] = worth_of_a_request(found, percent) if found else 0.0
+        return self._alike[key]
+
+    def _latencies(self, outcomes: Sequence[Outcome], otherwise: str) -> list[npt.NDArray[np.float64]]:
+        """Return `latencies_of` each; [] and a line that says what is done otherwise, if the samples of one are damaged."""
         from grbench.report.frame import ReportError
 
-        key = (tuple(outcome.folder for outcome in probes), percent)
-        if key not in self._alike and isinstance(next(iter(self._specs.values())).workload, RecordedConfig):
-            try:
-                self._alike[key] = worth_of_a_request([latencies_of(outcome.folder) for outcome in probes], percent)
-            except ReportError as e:
-                self._say(f"{e}; until then certifying runs are planned without it")
-                self._alike[key] = 0.0
-        return self._alike.get(key, 0.0)
+        try:
+            return [latencies_of(outcome.folder) for outcome in outcomes]
+        except ReportError as e:
+            self._say(f"{e}; until then {otherwise}")
+            return []
 
     def _measure(self, wanted: Sequence[Wanted]) -> None:
         """Measure the probes that were not yet measured, beside each other. Raises BudgetSpentError."""

@@ -18,6 +18,7 @@ from grbench.tune.knowledge import Knowledge
 from grbench.tune.limits import Verdict, judge
 from grbench.tune.outcome import BudgetSpentError, Evaluator, Outcome, Probe
 from grbench.tune.trial import HELD, Progress, Trial
+from grbench.tune.worth import requests_needed
 
 OFFLINE = 512  # requests of an offline probe
 FEWEST, MOST = 1000, 20_000  # requests of a server probe; p99 needs 1000
@@ -31,17 +32,17 @@ class Probes:
     """Measures trials. What it finds goes into the knowledge of the search."""
 
     def __init__(self, knowledge: Knowledge, evaluator: Evaluator, progress: Progress) -> None:
-        self._knowledge, self.evaluator, self._progress = knowledge, evaluator, progress
+        self._knowledge, self._evaluator, self._progress = knowledge, evaluator, progress
 
     @property
     def places(self) -> int:
         """Probes that are measured at a time."""
-        return self.evaluator.places
+        return self._evaluator.places
 
     def offline(self, trial: Trial) -> Task[None]:
         """Probe all requests at once, unless that is known or the quality is not enough."""
         bounds = [limit for limit in self._knowledge.goal.limits if limit.metric.startswith("quality/")]
-        if bounds and (quality := self.evaluator.quality(trial.configuration)):
+        if bounds and (quality := self._evaluator.quality(trial.configuration)):
             known = Outcome("OK", quality)
             verdict, limit = judge([limit for limit in bounds if limit.metric in quality], known)
             if verdict is Verdict.BROKEN and limit is not None:
@@ -62,6 +63,11 @@ class Probes:
         """Return the probe at a step."""
         rate = rates.rate_of(step)
         return Probe(rate, longer * self._requests(rate))
+
+    def may_prove(self, trial: Trial, step: int, longer: int) -> bool:
+        """Return True unless a probe of a rate that is this much longer is worth too little for an interval."""
+        needed = requests_needed(self._knowledge.goal.limits, self._evaluator, trial, step)
+        return needed <= self.probe(step, longer).requests
 
     def run(self, next_task: Callable[[], Task[object] | None]) -> None:
         """Run tasks in rounds until none is left. Raises BudgetSpentError.
@@ -92,19 +98,19 @@ class Probes:
 
     def _affordable(self, wanted: Sequence[Wanted]) -> int:
         """Return how many of the probes the budget has room for. Raises BudgetSpentError if for none."""
-        left = self.evaluator.left() - reserve(self._knowledge, self.evaluator) + ROUNDING
+        left = self._evaluator.left() - reserve(self._knowledge, self._evaluator) + ROUNDING
         probes = [(trial.configuration, probe) for trial, probe in wanted]
-        fitting = [count for count in range(1, len(probes) + 1) if self.evaluator.share(probes[:count]) <= left]
+        fitting = [count for count in range(1, len(probes) + 1) if self._evaluator.share(probes[:count]) <= left]
         if not fitting:
             raise BudgetSpentError
         return fitting[-1]
 
     def _measure(self, wanted: Sequence[Wanted]) -> list[Verdict | None]:
         """Measure probes beside each other and take the outcomes in their order. Returns the verdicts."""
-        self.evaluator.together([(trial.configuration, probe) for trial, probe in wanted])
+        self._evaluator.together([(trial.configuration, probe) for trial, probe in wanted])
         verdicts = []
         for trial, probe in wanted:
-            outcome = self.evaluator.evaluate(trial.configuration, probe)
+            outcome = self._evaluator.evaluate(trial.configuration, probe)
             verdict = self._knowledge.note(trial, probe, outcome)
             self._progress(trial, probe, outcome, verdict)
             verdicts.append(verdict)

@@ -108,7 +108,7 @@ class Search:
         if taken:
             count = _count(len(self._knowledge.trials), "configuration")
             probes = _count(len(taken), "probe")
-            self._say(f"takes over {probes} of {count} from {_sources(taken)} (rerun=true measures again)")
+            self._say(f"takes over {probes} of {count} from {_sources(taken)}, at no cost (rerun=true measures again)")
         open_ = sorted(self._knowledge.trials, key=lambda trial: trial.estimate or 0.0, reverse=True)
         measure = self._probes.offline if self._screen else self._highest.find
         self._run_each(measure(trial) for trial in open_ if not trial.failed and self._may_win(trial))

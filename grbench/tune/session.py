@@ -123,7 +123,7 @@ class TuneSession:
         self._cells.end(bool(cut_short), page.summary(self._knowledge, found), [*written, *pictures])
         where = os.path.relpath(self.folder)
         if cut_short:
-            self._say(f"{cut_short}; the same command goes on from here")
+            self._say(f"{cut_short}; the same command goes on from here, with its whole budget again")
         if found is None:
             self._say(f"records: {where}   report: python -m grbench report {shlex.quote(where)}")
             if not cut_short:
@@ -154,7 +154,7 @@ class TuneSession:
         limits = ", ".join(map(str, goal.limits)) or "no limit"
         self._say(
             f"{goal.objective} within {limits}; {len(space.configurations)} configurations; "
-            f"budget {self._declared.budget}"
+            f"budget of this call: {self._declared.budget}"
         )
         for reason, count in list(space.left_out.items())[:6]:
             self._say(f"left out {count}: {reason}")

@@ -128,8 +128,9 @@ def test_a_small_search_writes_its_cells_its_page_and_a_deployment(grbench_here:
     assert again.stdout.startswith("Take cpu_threads=")
     [new] = [path for path in (tmp_path / "outputs" / "tune").iterdir() if path != folder]
     assert not (new / "cells.json").exists()  # the records of the first search answer
-    taken = f"takes over 2 probes of 2 configurations from {folder.relative_to(tmp_path)} (rerun=true measures again)"
+    taken = f"takes over 2 probes of 2 configurations from {folder.relative_to(tmp_path)}, at no cost "
     assert taken in again.stderr and "takes over" not in done.stderr
+    assert done.stderr.splitlines()[0].endswith("budget of this call: 2 cells")
     fresh = grbench_here(*words, "limits.latency_ms.p99=50000", "budget=0cells", "rerun=true")
     assert fresh.returncode == 1 and "no record answers" in fresh.stderr and "takes over" not in fresh.stderr
 
@@ -159,7 +160,7 @@ def test_an_interrupted_search_goes_on_without_measuring_again(
     monkeypatch.setattr(session, "run_cell", interrupted_later)
     cut = grbench_here(*words)
     assert cut.returncode == 130, cut.stderr
-    assert "interrupted; the same command goes on from here" in cut.stderr
+    assert "interrupted; the same command goes on from here, with its whole budget again" in cut.stderr
     assert cut.stdout.startswith("Take cpu_threads=") and "not certified" in cut.stdout
     [first] = measured(tmp_path)
 

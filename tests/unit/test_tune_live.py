@@ -107,6 +107,25 @@ def test_probes_beside_each_other_take_the_time_of_the_longest(tmp_path: Path) -
     assert two.share([long, short, third]) == pytest.approx(2 * two.share([long]))
 
 
+@pytest.mark.parametrize("budget", ["budget=4cells", "budget=1000s"])
+def test_a_budget_is_of_this_call_in_cells_as_in_time(tmp_path: Path, budget: str) -> None:
+    """A record of an earlier call costs neither a cell nor its seconds."""
+
+    class Kept(Measured):
+        kept = True
+
+        def measure(self, jobs: Sequence[Job]) -> list[Cell]:
+            return [cell._replace(kept=self.kept) for cell in super().measure(jobs)]
+
+    session = Kept(tmp_path, {0: (Status.OK, 0.7, 0.0), 64: (Status.OK, 0.7, 0.0)})
+    measures = evaluator(session, tmp_path / "none", budget)
+    measures.evaluate(DEFAULT, OFFLINE)
+    assert measures.left() == pytest.approx(1.0, abs=0.01)
+    session.kept = False
+    measures.evaluate(WINDOW, OFFLINE)
+    assert measures.left() == pytest.approx(0.75 if "cells" in budget else 1.0, abs=0.01)
+
+
 def test_runs_are_judged_by_the_latencies_in_their_files(tmp_path: Path) -> None:
     for scale in (1, 2):
         write_cell(tmp_path / str(scale), scale=float(scale))
