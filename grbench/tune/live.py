@@ -181,7 +181,7 @@ class LiveEvaluator:
         return self._alike[key]
 
     def _latencies(self, outcomes: Sequence[Outcome], otherwise: str) -> list[npt.NDArray[np.float64]]:
-        """Return `latencies_of` each; [] and a line that says what is done otherwise, if the samples of one are damaged."""
+        """Return `latencies_of` each; [] if samples are damaged, after a line that says what is done otherwise."""
         from grbench.report.frame import ReportError
 
         try:

@@ -173,7 +173,7 @@ def test_a_training_that_is_stopped_says_what_is_kept(
 def test_an_evaluation_shows_how_far_it_is_and_a_stop_keeps_what_is_done(
     grbench_here: Grbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two configurations the signal comes in the second, whose figures are lost."""
+    """The signal comes in the second of two configurations, whose figures are lost."""
     walks(tmp_path)
     small = [*MODEL, *WORKLOAD, "workload.num_candidates=6", "model.tasks=[rated]"]
     done = grbench_here("train", *small, "training.epochs=1", "training.batch=8", "held_out=60", *QUIET, "out=ranker")

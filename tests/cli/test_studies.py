@@ -262,8 +262,13 @@ def test_precisions_are_compared_with_a_trained_model(program: Any, tmp_path: Pa
     assert [row["case"].removeprefix("rounded: ") for row in first] == [
         "bf16", "bf16, attention in fp8", "products in fp8", "products and attention in fp8"
     ]  # fmt: skip
-    # Each rounding moves the scores in a way of its own, and none by much.
-    assert len({row["ne"] for row in first}) == 4 and all(0 < abs(row["ne_loss"]) < 0.02 for row in first)
+    # A loss may be 0 by chance. Its interval has no width, and no candidate another place, if nothing is rounded.
+    widths = [row["ne_loss_high"] - row["ne_loss_low"] for row in first]  # 0.0003, 0.0015, 0.0084 and 0.0056
+    assert 1e-4 < widths[0] < 8e-4 < widths[1] < 2.5e-3 < min(widths[2:]) <= max(widths[2:]) < 0.03
+    overlaps = [row["top_k_overlap"] for row in first]  # 0.994, 0.962, 0.919 and 0.912
+    assert 1 > overlaps[0] > overlaps[1] > max(overlaps[2:]) and min(overlaps[2:]) > 0.8
+    assert all(abs(row["ne_loss"]) < 0.02 for row in rows) and first[0]["gate"] == "passes"
+    assert {row["gate"] for row in rows[4:]} == {"INCORRECT unless gate.allow_loss names it"}
     with pytest.raises(SystemExit):
         program("precisions").main([])
     assert "model.weights=FILE is needed" in capsys.readouterr().err
