@@ -250,12 +250,11 @@ class HSTUGenerator(nn.Module):
     def last_layer(self, x: Tensor, prompts: PromptKeys, pages: Pages) -> Tensor:
         """Finish a prefill: return the output [B, E] of the last layer for each prompt's last token, its input x.
 
-        The layer's keys and values of the tokens before are in pages, without times: the model has no time bias. A
-        prompt of no tokens is room in a CUDA graph.
+        The layer's keys and values of the tokens before are in pages. The model has no biases, which engine vllm
+        refuses. A prompt of no tokens is room in a CUDA graph.
         """
-        assert not self.timed
         layer = self.layers[-1]
-        assert isinstance(layer, HSTULayer)
+        assert isinstance(layer, HSTULayer) and not _biased(layer)
         u, q, k, v = layer.project(x, self.kernels)
         offsets = torch.arange(len(x) + 1, device=x.device)
         a = self._attend(
@@ -271,7 +270,6 @@ class HSTUGenerator(nn.Module):
             v_pages=pages.v[-1],
             page_table=prompts.page_table,
             paged_lengths=(prompts.lengths - 1).clamp(min=0),
-            **_biased(layer),
         )
         return layer.combine(x, u, a, self.kernels)
 
