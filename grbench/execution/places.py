@@ -124,6 +124,8 @@ class Place(ABC):
         """
         if not (chunk := os.read(self.output.fileno(), 65536)):
             self.lives = False
+            if not self.cells:  # a signal came after its last one had ended
+                return []
             stopped = Outcome(Status.INTERRUPTED, "a signal ended the command before the cell ran")
             return [self._lost(stopped if stopping else Outcome(Status.KILLED, f"{self._how()}; run it again"))]
         self._runs = True
@@ -289,14 +291,13 @@ class Places:
 
     def _read(self, place: Place) -> None:
         """Take what a place has said, and give its part other cells once it has none."""
-        ended = place.read(self._stopping)
-        try:
-            if ended and not (place.cells and place.lives):
-                self._release(place)
-                self._fill()
-        finally:
+        with held():  # what has ended is in no other list, and its place does not say so again
+            ended = place.read(self._stopping)
             for cell, folder, record in ended:
                 cell.on_end(folder, record)
+        if not (place.cells and place.lives):
+            self._release(place)
+            self._fill()
 
     def _release(self, place: Place) -> None:
         """Take a place whose cells have ended, or that has."""

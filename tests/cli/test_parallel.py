@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from grbench.config.compose import compose_spec, plan_jobs, prepare_hydra
 from grbench.config.schema import ConfigError
 from grbench.execution import gpu, place, places, ranks, records
 from grbench.execution.records import LOG_FILE, RunRecord, Status
+from grbench.signals import ENDING, Stopped, raised
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core holds one place")
@@ -153,6 +155,30 @@ def test_a_signal_meets_a_place_that_has_gone_on_to_its_next_cell(
     here.close()
     assert [record.status for record in ended] == [Status.OK, Status.INTERRUPTED]
     assert [folder.name for folder, _ in records.find(tmp_path)] == ["0", "1"]
+
+
+def test_a_signal_while_a_cell_is_taken_into_the_lists_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fork_workers(monkeypatch)
+    fork_places(monkeypatch)
+    ended: list[RunRecord] = []
+
+    def take(folder: Path, record: RunRecord) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        ended.append(record)
+
+    here = a_place()
+    with pytest.raises(Stopped), raised():
+        here.give([dataclasses.replace(a_cell(tmp_path / "0", []), on_end=take)])
+        here.settle()
+    here.interrupt(signal.SIGTERM)
+    here.close()
+    assert [record.status for record in ended] == [Status.OK]
+    assert [record.status for _, record in records.find(tmp_path)] == [Status.OK]
+    for number in ENDING:  # `raised` leaves them ignored, since a command ends then
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def test_a_place_whose_command_has_gone_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
