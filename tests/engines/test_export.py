@@ -29,8 +29,8 @@ from grbench.tools.ranking_model import compose_ranking
 from grengines.api import Catalogue
 from grengines.export import exporter
 from grengines.export.check import check
-from grengines.export.identity import command, model_hash
-from grengines.export.module import INPUTS, inputs_of, longest_history
+from grengines.export.identity import command, model_hash, sources
+from grengines.export.module import INPUTS, ExportedRanker, inputs_of, longest_history
 from grengines.export.onnx_attention import DOMAIN, NAME
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import build_model
@@ -212,6 +212,21 @@ def test_emulated_int8_rounds_as_int8_does() -> None:
     assert torch.equal(steps, steps.round()) and steps.abs().max() == 127
     assert len(round_input(x).unique()) <= 256 and (round_input(x) - x).abs().max() <= (x.max() - x.min()) / 255
     assert torch.equal(round_input(torch.zeros(3)), torch.zeros(3)) and not round_input(torch.zeros(0)).numel()
+
+
+def test_a_change_of_any_code_that_is_exported_makes_another_export() -> None:
+    module = ExportedRanker(build_model(MODEL, CATALOGUE, 0, "cpu", torch.float32))
+    encoding, requests = module.ranker.encoding, make_requests(np.random.default_rng(0), CATALOGUE, [5, 0], [3, 1])
+    inputs = inputs_of(pack(requests, encoding).to(CPU), longest_history(requests, encoding), 2)
+    ran: set[Path] = set()
+    sys.setprofile(lambda frame, event, argument: ran.add(Path(frame.f_code.co_filename)))
+    try:
+        module(**inputs)
+    finally:
+        sys.setprofile(None)
+    ours = {file for file in ran if {"grengines", "grkernels"} & set(file.parts)}
+    assert {"model.py", "head.py", "torch.py", "module.py"} <= {file.name for file in ours}
+    assert ours <= set(sources())
 
 
 def test_the_cache_folder_keeps_models_apart_and_repairs_itself(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -19,12 +18,11 @@ import triton
 from torch import Tensor
 from torch.export import Dim
 
-import grengines
-import grkernels
 from grengines.aoti.paged import PagedRanker
 from grengines.api import UnavailableError
 from grengines.cache.places import PagedBatch
 from grengines.cache.pool import PagePool
+from grengines.export.identity import source_digest
 from grengines.export.module import INPUTS, ExportedRanker
 from grengines.runtime import atomic_io
 from grengines.runtime.batch import JaggedBatch
@@ -88,7 +86,7 @@ class Facts:
             threads=0 if cuda else torch.get_num_threads(),
             kernels=kernels,
             versions={"torch": torch.__version__, "triton": triton.__version__},
-            source=_source(),
+            source=source_digest(),
             most=most,
             typical=typical,
             tiles=tiles_needed(most.batch, heads, most.longest, most.longest) if eager else 1,
@@ -260,22 +258,6 @@ def _hint(path: Path) -> str:
     if path.is_relative_to(cache_folder()):
         return f"delete it and it is built again: rm {path}"
     return "set engine.package=null, and one is built"
-
-
-@functools.cache
-def _source() -> str:
-    """Return a digest of all code that may become part of a package."""
-    digest = hashlib.sha256()
-    engines = Path(next(iter(grengines.__path__)))
-    files = [
-        *Path(next(iter(grkernels.__path__))).rglob("*.py"),
-        *engines.glob("models/hstu/*.py"),
-        *engines.glob("runtime/*.py"),
-        *engines.glob("aoti/*.py"),
-    ]
-    for file in sorted([*files, engines / "export" / "attention.py", engines / "export" / "module.py"]):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import logging
@@ -21,7 +20,7 @@ import torch
 from torch.export import ExportedProgram
 
 from grengines.api import Catalogue, UnavailableError
-from grengines.export.identity import digest_of, model_hash, weights_of
+from grengines.export.identity import digest_of, model_hash, source_digest, weights_of
 from grengines.export.module import INPUTS, OUTPUT, ExportedRanker, trace
 from grengines.export.onnx_attention import DOMAIN, OPSET, VERSION, onnx_function, onnx_node, register_schema
 from grengines.models.hstu.config import HSTUConfig
@@ -32,7 +31,7 @@ from grengines.runtime.device import DTYPES
 from grkernels.cache_folder import cache_folder
 
 FORMAT = "grbench-export-1"
-ONNX_FILE, WEIGHTS_FILE, PROGRAM_FILE, MANIFEST_FILE = "model.onnx", "model.onnx.data", "model.pt2", "manifest.json"
+ONNX_FILE, PROGRAM_FILE, MANIFEST_FILE = "model.onnx", "model.pt2", "manifest.json"
 EXTERNAL_BYTES = 256 * 2**20  # larger weights get a file of their own, since ONNX limits a file to 2 GiB
 PRECISIONS = (*DTYPES, "int8")
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")  # their versions decide the content of an export
@@ -101,6 +100,7 @@ def quantise(whole: Path, path: Path, large: bool) -> None:
         for node in model.graph.node
         if any(name.endswith(("action_table", "head_out.weight")) for name in node.input)
     ]
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it advises preprocessing, which the exporter did
     try:
         quantize_dynamic(
@@ -113,7 +113,7 @@ def quantise(whole: Path, path: Path, large: bool) -> None:
             use_external_data_format=large,
         )
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def export(
@@ -185,10 +185,10 @@ def cached(
 ) -> Export:
     """Return the export of this model from the cache folder, which is made if it is missing or incomplete.
 
-    The folder's name has the model, the precision, and a digest of versions and exporting code, so that no other
-    combination finds it. Raises as `export`.
+    The folder's name has the model, the precision, and a digest of versions and of the code that exports or is
+    exported, so that no other combination finds it. Raises as `export`.
     """
-    facts = {"versions": versions(), "source": _source(), "file": file, "skip_hidden": skip_hidden}
+    facts = {"versions": versions(), "source": source_digest(), "file": file, "skip_hidden": skip_hidden}
     folder = cache_folder() / "exports" / f"{model_hash(model, catalogue, seed)}-{precision}-{digest_of(facts)[:8]}"
     try:
         return load(folder)
@@ -232,13 +232,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
-
-
-@functools.cache
-def _source() -> str:
-    """Return a digest of the code that exports, and of the exported code."""
-    here = Path(__file__).parent
-    return digest_of([sha256(file) for file in (*sorted(here.glob("*.py")), here.parent / "models/hstu/model.py")])
 
 
 def _bytes(program: ExportedProgram) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shlex
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 
+import grengines
+import grkernels
 from grengines.api import RANDOM, Catalogue
 from grengines.models.hstu.config import HSTUConfig
 from grengines.runtime.batch import Encoding
@@ -44,6 +47,19 @@ def weights_of(model: HSTUConfig, seed: int) -> str:
     if not path.is_file():
         raise ValueError(f"model.weights: no file {path}; give a safetensors file, or null for random weights")
     return f"sha256 {sha256(path)}"
+
+
+def sources() -> list[Path]:
+    """Return the files whose code makes an export or a package of the model, or becomes part of one."""
+    engines, kernels = (Path(next(iter(package.__path__))) for package in (grengines, grkernels))
+    folders = (engines / name for name in ("aoti", "export", "models/hstu", "runtime"))
+    return sorted([*kernels.rglob("*.py"), *(file for folder in folders for file in folder.glob("*.py"))])
+
+
+@functools.cache
+def source_digest() -> str:
+    """Return 16 hex digits over `sources`."""
+    return digest_of([sha256(file) for file in sources()])
 
 
 def digest_of(value: Any) -> str:
