@@ -245,6 +245,8 @@ def test_weights_of_a_file(tmp_path: Path) -> None:
         "more": ({**good, "lm_head.weight": torch.ones(2)}, "unexpected tensor lm_head.weight"),
         "shape": ({**good, weights.EMBEDDING: torch.ones(3, 3)}, r"is F32 \[3, 3\].*rows follow the semantic IDs"),
         "kind": ({**good, norm: torch.ones(32, dtype=torch.int32)}, "is I32"),
+        "eight bits": ({**good, norm: torch.ones(32).to(torch.float8_e4m3fn)}, "is F8_E4M3"),
+        "no number": ({**good, norm: torch.full((32,), torch.nan)}, "tensor model.norm.weight has NaN or infinity"),
     }
     for name, (content, expected) in bad.items():
         save_file(content, tmp_path / name)

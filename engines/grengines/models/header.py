@@ -24,6 +24,7 @@ MAKE_IDS = (
 )
 RANKER, GENERATOR, DECODER, IDS = "a ranker's weights", "a generator's weights", "a decoder's weights", "semantic IDs"
 NAMED = {"head_hidden.weight": RANKER, "model.embed_tokens.weight": DECODER, "codes": IDS, "token_table": GENERATOR}
+FLOATS = ("F16", "F32", "F64", "BF16")  # safetensors' names of dtypes that need no scales
 _BEGINS = {  # the first bytes of files that are given by mistake
     b"PK\x03\x04": "it is an archive, as torch.save writes",
     b"\x80": "it is a pickle, as torch.save writes",

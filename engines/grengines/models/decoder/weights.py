@@ -134,6 +134,7 @@ def _spread(name: str, size: tuple[int, ...], layers: int) -> tuple[float, float
 
 
 def _read(path: str, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Return the tensors of a file. Raises ValueError as `tensors`."""
     if not Path(path).is_file():
         raise ValueError(f"retrieval.weights: no file {path}; give a safetensors file, or null for random weights")
     try:
@@ -145,10 +146,14 @@ def _read(path: str, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
                 raise ValueError(f"{path}: unexpected tensor {unexpected[0]}; give weights of this model")
             for name, size in expected.items():
                 tensor = f.get_slice(name)
-                if tuple(tensor.get_shape()) != size or not tensor.get_dtype().startswith(("F", "BF")):
+                if tuple(tensor.get_shape()) != size or not tensor.get_dtype().startswith(header.FLOATS):
                     found_kind = f"{tensor.get_dtype()} {tensor.get_shape()}, expected floating point {list(size)}"
                     hint = "; rows follow the semantic IDs and model.vocabulary" if name == EMBEDDING else ""
                     raise ValueError(f"{path}: tensor {name} is {found_kind}{hint}")
-            return {name: f.get_tensor(name) for name in expected}
+            tensors = {name: f.get_tensor(name) for name in expected}
     except (SafetensorError, OSError) as e:
         raise header.unreadable(path, e) from None
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: tensor {name} has NaN or infinity; give other weights")
+    return tensors

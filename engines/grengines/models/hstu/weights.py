@@ -124,5 +124,5 @@ def _check(f: safe_open, model: HSTURanker | HSTUGenerator, path: str | Path) ->
                 f"{path}: tensor {name} is {tensor.get_shape()}, expected {list(p.shape)}; "
                 + (hint or "give weights of this model")
             )
-        if name not in in_e4m3 and not tensor.get_dtype().startswith(("F16", "F32", "F64", "BF")):
+        if name not in in_e4m3 and not tensor.get_dtype().startswith(header.FLOATS):
             raise ValueError(f"{path}: tensor {name} is {tensor.get_dtype()}, expected floating point; save it in fp32")
