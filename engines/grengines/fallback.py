@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from grengines.api import Tier
+from grengines.api import CachingEngine, Tier
 
 if TYPE_CHECKING:
     from grengines.api import Ranker, RankResult, Request
@@ -21,7 +23,7 @@ class OutsideError(ValueError):
 
 
 class FallbackEngine:
-    """An engine with others behind it. Satisfies grengines.api.Ranker.
+    """An engine with others behind it. Satisfies grengines.api.Ranker and CachingEngine: each has its own cache.
 
     build: makes an engine by its name. It is called once for each name in `fallback`, at `prepare`. Only an
     OutsideError goes to the next engine: any other error stops the run.
@@ -64,9 +66,25 @@ class FallbackEngine:
         for engine in self._engines:
             engine.reset_cache(keep)
 
+    def tier_of(self, user: int) -> Tier:
+        """Return the fastest memory in which an engine has the user's state."""
+        return min((engine.tier_of(user) for engine in self._caching()), default=Tier.NONE)
+
+    def state_bytes(self) -> dict[Tier, int]:
+        """Return the bytes that users' states take in all engines together, by tier."""
+        taken: Counter[Tier] = Counter()
+        for engine in self._caching():
+            taken.update(engine.state_bytes())
+        return dict(taken)
+
     def close(self) -> None:
-        for engine in self._engines:
-            engine.close()
+        """Close every engine, whatever one of them raises."""
+        with ExitStack() as closing:
+            for engine in self._engines:
+                closing.callback(engine.close)
+
+    def _caching(self) -> list[CachingEngine]:
+        return [engine for engine in self._engines if isinstance(engine, CachingEngine)]
 
 
 def options_like(schema: type, first: Any) -> Any:

@@ -25,7 +25,7 @@ from grbench.quality.labels import Labels, labels_of
 from grbench.quality.rankings import Rankings
 from grbench.workloads.config import SyntheticConfig
 from grengines import registry
-from grengines.api import Catalogue, Request, Setup, UnavailableError
+from grengines.api import CachingEngine, Catalogue, Request, Setup, Tier, UnavailableError
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.export import exporter
 from grengines.export.identity import model_hash
@@ -197,6 +197,28 @@ def test_a_chain_answers_what_the_first_was_not_built_for_and_says_so() -> None:
         alone.rank(SAMPLE[:2])
     chain.close()
     assert narrow.closed
+
+
+def test_a_chain_reports_the_caches_of_its_engines_and_closes_all_of_them() -> None:
+    cache = PagedCacheConfig(memory_gb=0.001, page=16)
+    setup = Setup(MODEL, _native_kernels(), CATALOGUE, 5, cache)
+    narrow, native = Narrow(), registry.make(HSTUEngineConfig(device="cpu"), setup, "rank")
+    chain = FallbackEngine(narrow, ["hstu"], lambda name: native)  # type: ignore[arg-type,return-value]
+    chain.prepare([r for r in SAMPLE if len(r.history_items) <= 40], 5)
+    assert isinstance(chain, CachingEngine) and isinstance(native, CachingEngine)
+    user = SAMPLE[1].user_id
+    assert chain.tier_of(user) is Tier.NONE and chain.state_bytes() == {Tier.DEVICE: 0}
+    chain.rank(SAMPLE[1:2])
+    assert chain.tier_of(user) is Tier.DEVICE
+    assert chain.state_bytes() == native.state_bytes() != {Tier.DEVICE: 0}
+
+    def fail() -> None:
+        raise RuntimeError("the first engine fails")
+
+    narrow.close = fail  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="the first engine fails"):
+        chain.close()
+    assert native.state_bytes() == {}  # it is closed
 
 
 def _native_kernels() -> dict[str, str]:
