@@ -22,9 +22,11 @@ from grbench.scenarios.config import ClosedLoopConfig, OfflineConfig, ServerConf
 from grbench.workloads.trace import Trace
 from grengines import registry
 from grengines.api import Finished, GenerateResult, Request, Retrieval, UnavailableError
+from grengines.cache.pool import PagePool
 from grengines.models.hstu.generator import HSTUGenerator
 from grengines.models.hstu.weights import save_weights
 from grengines.numerics import IncorrectError
+from grengines.semantic.trie import TensorTrie
 from grkernels.operators import Operators
 
 SMALL = [
@@ -168,6 +170,14 @@ def test_batches_do_not_change_answers(generating: tuple[RunSpec, Trace, Retriev
             one = alone[requests.index(request)]
             assert items.tolist() == one.items[0].tolist()
             np.testing.assert_allclose(scores, one.scores[0], atol=1e-4)
+
+
+def test_a_closed_engine_holds_no_memory_of_the_device() -> None:
+    engine = engine_of(*of(*GENERATE))
+    kinds = PagePool, TensorTrie, torch.nn.Module, torch.Tensor
+    assert {type(x) for x in vars(engine).values() if isinstance(x, kinds)} == {PagePool, TensorTrie, HSTUGenerator}
+    engine.close()
+    assert not [x for x in vars(engine).values() if isinstance(x, kinds)]
 
 
 def test_what_generating_has_no_use_for_is_refused(generating: tuple[RunSpec, Trace, Retrieval, Any]) -> None:

@@ -148,16 +148,23 @@ class HostTier:
             self.layers = [_aligned(shape, word) for _ in pool.k]
             self._make_transfers()
         self._locked: list[int] = []
-        if self.device.type == "cuda":
-            for x in self.layers:
-                code = int(torch.cuda.cudart().cudaHostRegister(x.data_ptr(), x.nbytes, 0))
-                if code:
-                    self.close()
-                    raise RuntimeError(
-                        f"cache.host_gb: {x.nbytes} bytes can't be page-locked (CUDA error {code}); lower it"
-                    )
-                self._locked.append(x.data_ptr())
-        self._warm_up()
+        try:
+            if self.device.type == "cuda":
+                self._lock_memory()
+            self._warm_up()
+        except BaseException:  # CUDA would keep memory locked that is no longer there
+            self.close()
+            raise
+
+    def _lock_memory(self) -> None:
+        """Page-lock the memory on the host."""
+        for x in self.layers:
+            code = int(torch.cuda.cudart().cudaHostRegister(x.data_ptr(), x.nbytes, 0))
+            if code:
+                raise RuntimeError(
+                    f"cache.host_gb: {x.nbytes} bytes can't be page-locked (CUDA error {code}); lower it"
+                )
+            self._locked.append(x.data_ptr())
 
     def _make_transfers(self) -> None:
         """Make the memory and the streams of all copies."""

@@ -540,7 +540,7 @@ def _make_states(ranker: PagedModel, cache: PagedCacheConfig, longest: int, iden
         key = digest_of([FORMAT, identity(), PRECISIONS[pool.k[0].dtype], cache.page])
         try:
             storage = StorageTier(tier, int(cache.storage_gb * 1e9), cache.storage_path, key)
-        except ValueError:
+        except BaseException:
             tier.close()
             raise
     return UserStates(

@@ -29,7 +29,7 @@ from grengines.runtime.results import collect_items
 from grengines.runtime.shared_graphs import graph_runner
 from grengines.runtime.team import Alone, Team
 from grengines.runtime.timing import Marks
-from grengines.semantic.trie import Trie
+from grengines.semantic.trie import TensorTrie, Trie
 from grkernels import tuning
 from grkernels.operators import Operators
 
@@ -64,6 +64,7 @@ class HSTURetriever(GeneratingEngine):
         self._operators = Operators.of(self._kernels.variants)
         self._model: HSTUGenerator | None = None
         self._pool: PagePool | None = None
+        self._trie: TensorTrie | None = None
         self._graphs = Graphs()
         self.team: Team | Alone = Alone(self._device)
         self._parameters = 0  # of the whole model
@@ -196,11 +197,11 @@ class HSTURetriever(GeneratingEngine):
         }
 
     def _unload(self) -> None:
-        self._model, self._pool, self._graphs = None, None, Graphs()
+        self._model, self._pool, self._trie, self._graphs = None, None, None, Graphs()
         self.team.close()  # after the graphs, which hold collectives
 
     def _search(self, batch: Prompts) -> Tensor:
         """Return the items and scores that the search finds, as `one_tensor` packs them."""
-        assert self._model is not None and self._pool is not None
+        assert self._model is not None and self._pool is not None and self._trie is not None
         width, k = self._retrieval.beam_width, self._retrieval.k
         return search(self._model, self._trie, self._pool, batch, width=width, k=k)

@@ -45,7 +45,7 @@ class RankingReference:
     """Scores of one request at a time: nothing is cached, padded or captured.
 
     The fp32 weights are made once, and stay on the host: the device has a copy of them during a call only, without the
-    token table, of which each request copies its own rows.
+    tables of tokens, of which each request copies its own rows.
     """
 
     def __init__(self, model: HSTUConfig, catalogue: Catalogue, seed: int, device: torch.device | str) -> None:
@@ -55,7 +55,7 @@ class RankingReference:
         self._table = self._model.token_table.data
         tower = self._model.tower_table
         self._tower = None if tower is None else tower.data
-        self._model.use_table(torch.empty(0))
+        self._model.use_table(torch.empty(0), None if tower is None else torch.empty(0))
 
     @torch.inference_mode()
     def scores(
