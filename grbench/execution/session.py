@@ -58,10 +58,11 @@ class CellSession:
         self._root = Path(run.runner.output_root).absolute()
         self._screen = Console(stderr=True, quiet=quiet)
         self._sweep_id = invocation.sweep.name if invocation.sweep else None
-        self._holds = contextlib.ExitStack()
-        if self._sweep_id:
-            self._holds.enter_context(only_command(self._root, invocation.words))
-        self.parts = _parts(run, self._root, gpus)  # before anything is recorded, since a cluster may refuse them
+        with contextlib.ExitStack() as holds:  # a notebook may keep the error, and this with it
+            if self._sweep_id:
+                holds.enter_context(only_command(self._root, invocation.words))
+            self.parts = _parts(run, self._root, gpus)  # before anything is recorded, since a cluster may refuse them
+            self._holds = holds.pop_all()
         self._places = Places(self.parts, self._say) if self.parts else None
         self._tracking, self._rerun = run.tracking, run.rerun
         self._tracker = CellTracker(run.tracking, self._root)

@@ -36,6 +36,7 @@ from grbench.tracking.describe import describe_cell, describe_row, describe_swee
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import RunInfo
 
 SWEEP_TAG, HASH_TAG, NOTE_TAG = "sweep_id", "spec_hash", "mlflow.note.content"
 LAUNCHER_TAG = "launcher"  # host, process id and start of the process that measures a sweep
@@ -99,10 +100,10 @@ class Store:
         if parent is not None:
             same += f" and tags.mlflow.parentRunId = {_quoted(parent)}"
         found = self._client.search_runs(where, same, ViewType.ALL, max_results=1)
-        return self._address(str(found[0].info.run_id)) if found else {}
+        return self._address(found[0].info) if found else {}
 
-    def _address(self, run_id: str) -> dict[str, str]:
-        return {"run_id": run_id, "uri": self.uri, "experiment_id": self._experiment}
+    def _address(self, run: RunInfo) -> dict[str, str]:
+        return {"run_id": str(run.run_id), "uri": self.uri, "experiment_id": str(run.experiment_id)}
 
     def sweep_run(self, sweep_id: str, facts: dict[str, str]) -> str:
         """Return the parent run of a sweep. A resumed sweep finds its earlier one."""
@@ -193,7 +194,7 @@ class Store:
             with contextlib.suppress(Exception):  # an incomplete run would look complete
                 self._client.delete_run(run_id)
             raise
-        return self._address(run_id)
+        return self._address(run.info)
 
 
 def end_abandoned(client: MlflowClient, experiments: Sequence[str]) -> int:

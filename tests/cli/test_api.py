@@ -51,6 +51,15 @@ def test_a_failed_cell_is_a_record_and_a_wrong_override_raises(tmp_path: Path) -
     assert not (tmp_path / "other").exists()
 
 
+def test_a_sweep_that_is_refused_is_not_one_that_runs(tmp_path: Path) -> None:
+    """A notebook keeps the last error, and with it all that the call had."""
+    kept = []
+    for _ in range(2):
+        with pytest.raises(grbench.ConfigError, match=r"^runner\.parallel=4096: this machine has ") as error:
+            grbench.run([*CELL, "scenario.max_batch=2,4", "runner.parallel=4096"], sweep=True, output_root=tmp_path)
+        kept.append(error)
+
+
 def test_importing_the_package_imports_nothing_else() -> None:
     code = "import sys; before = set(sys.modules); import grbench; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -319,6 +319,18 @@ def test_kept_cells_reach_another_store(tmp_path: Path) -> None:
         assert sorted(run.data.tags["role"] for run in runs(uri)) == ["cell", "sweep"]
 
 
+def test_the_record_of_a_run_in_another_experiment_names_that_experiment(tmp_path: Path) -> None:
+    new_database(tmp_path)
+    record, folder = cell(tmp_path / "0")
+    assert CellTracker(MlflowConfig(experiment="other"), tmp_path).log(record, folder)
+    logged = records.load(folder).tracking
+    [run] = runs(sqlite_uri(tmp_path), "other")
+    assert (logged["run_id"], logged["experiment_id"]) == (run.info.run_id, run.info.experiment_id)
+    cell(tmp_path / "0")  # the record as it was
+    assert import_records(tmp_path) == (0, 1, 0)
+    assert records.load(folder).tracking == logged
+
+
 def test_a_database_whose_making_was_cut_short_is_made_anew(tmp_path: Path) -> None:
     (tmp_path / ".mlruns.db.new").write_bytes(b"SQLite format 3, half made")
     record, folder = cell(tmp_path / "0")
