@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from grbench.config import command
 from grbench.config.compose import prepare_hydra
 from grbench.config.jobs import Invocation, Job, Session
-from grbench.config.schema import RunConfig
 from grbench.config.unread import unread
 from grbench.execution.files import require_files
 from grbench.execution.ranks import require_gpus, to_spec_here
@@ -15,18 +14,17 @@ from grbench.execution.ranks import require_gpus, to_spec_here
 FORMS = {"--json": "runner.print=json", "--csv": "runner.print=csv"}  # flags for an option, as other programs have them
 
 
-def main(words: Sequence[str], require: Callable[[RunConfig], None] = lambda run: None) -> int:
+def main(words: Sequence[str], require: Callable[[Sequence[Job]], None] = lambda jobs: None) -> int:
     """Run the command. Exit codes: 0 every cell is OK, 1 a cell failed, 2 the configuration is wrong, 130 Ctrl-C.
 
-    require: takes the options of each cell before anything is recorded, and raises ConfigError to refuse them.
+    require: takes the cells before anything is recorded, and raises ConfigError to refuse them.
     """
 
     gpus = 1
 
     def require_all(jobs: Sequence[Job]) -> None:
         nonlocal gpus
-        for _, run in (job.config for job in jobs):
-            require(run)
+        require(jobs)
         require_files(job.config[0] for job in jobs)
         gpus = require_gpus((job.config[0] for job in jobs), jobs[0].config[1].runner.cluster)
 

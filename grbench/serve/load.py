@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
+from functools import partial
 
+from grbench import workloads
 from grbench.config.arguments import Arguments
-from grbench.config.schema import ConfigError, RunConfig
+from grbench.config.jobs import Job
+from grbench.config.schema import ConfigError
 from grbench.execution import command
+from grbench.workloads.config import DrawnConfig, FileConfig, WorkloadOptions
 from grengines.remote.config import usual
 
 
@@ -27,23 +32,50 @@ def parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str]) -> int:
     """Run the command: a run with engine=remote. Exit codes: as of a run; 2 also where no server answers."""
     args, flags = parser().parse_known_args(words)
-    return command.main([*flags, *as_run(args.overrides)], _require_server)
+    return command.main([*flags, *as_run(args.overrides)], partial(_require_servers, words))
 
 
-def _require_server(run: RunConfig) -> None:
-    """Raise ConfigError where no server answers, which may still be loading its models.
+def _require_servers(words: Sequence[str], jobs: Sequence[Job]) -> None:
+    """Raise ConfigError where no server answers, or it serves something else than a cell asks for.
 
-    The machines of a cluster may reach one that this machine does not.
+    One that still loads its models says so, and the cell waits for it. The machines of a cluster may reach one that
+    this machine does not. words: of the command, for the line that says how to ask for what the server has.
     """
-    from grengines.remote.client import ServerError
-    from grengines.remote.engine import START, clients_of, key_of
+    from grengines.remote.client import FOREIGN, NO_ANSWER, UNKNOWN_CALLER, ServerError
+    from grengines.remote.engine import KEY, START, clients_of, key_of
+    from grengines.remote.served import differences, refusal
 
-    if run.runner.cluster == "none":
-        for place, client in enumerate(clients_of(run.engine)):
+    items: dict[str, int | None] = {}  # of each workload, which takes a second to read
+    for spec, run in (job.config for job in jobs):
+        for place, client in enumerate(clients_of(run.engine) if run.runner.cluster == "none" else ()):
             try:
-                client.reach()
+                status = client.status()
             except ServerError as e:
-                raise ConfigError(f"{key_of(place)}: {e}; {START}") from None
+                if e.status in (NO_ANSWER, FOREIGN, UNKNOWN_CALLER):
+                    raise ConfigError(f"{key_of(place)}: {e}; {KEY if e.status == UNKNOWN_CALLER else START}") from None
+                continue
+            if not status["strategies"]:
+                continue
+            if (key := repr(spec.workload)) not in items:
+                items[key] = _items(spec.workload, status["workload"])
+            drawn = spec.workload.name if isinstance(spec.workload, DrawnConfig) else ""
+            if asked := differences(status, spec.task, items[key], spec.seed, spec.model, spec.retrieval, drawn):
+                fixed = shlex.join(_replaced(words, [word for _, its in asked for word in its]))
+                again = f"; type python -m grbench load {fixed}"
+                raise ConfigError(f"{key_of(place)}: {refusal(client.url, status, asked)}{again}")
+
+
+def _items(workload: WorkloadOptions, of_server: str) -> int | None:
+    """Return the items of a workload; None for a file where the server has one too: to read it may take long."""
+    if isinstance(workload, FileConfig) and workload.name == of_server:
+        return None
+    return workloads.catalogue(workload).num_items
+
+
+def _replaced(words: Sequence[str], by: Sequence[str]) -> list[str]:
+    """Return words with these overrides instead of those of the same keys."""
+    keys = {word.partition("=")[0] for word in by}
+    return [*(word for word in words if word.lstrip("+").partition("=")[0] not in keys), *by]
 
 
 def as_run(words: Sequence[str]) -> list[str]:

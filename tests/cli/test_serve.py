@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -501,9 +502,40 @@ def test_a_call_is_a_post(server: Serving) -> None:
 def test_a_server_of_other_items_is_refused(server: Serving) -> None:
     spec, trace = tiny_trace("workload.items=400")
     engine = registry.build(RemoteConfig(url=server.url), spec.model, spec.kernel, trace.catalogue, 0)
+    asked = "a workload of 400 items; set workload=synthetic"
     serves = rf"engine.url: {server.url} serves task=rank on workload=synthetic with 500 items: hstu \(hstu, fp32\) of"
-    with pytest.raises(ValueError, match=rf"{serves} hstu_tiny, weights: .*\. Asked was a workload of 400 items; give"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{serves} hstu_tiny, weights: .*\. Asked was {asked}",
+    ):
         engine.prepare(trace.requests, 1)
+
+
+@pytest.mark.parametrize(
+    "words, asked, fixed",
+    [
+        (["workload.items=400"], "a workload of 400 items", ["workload.items=500"]),
+        (["workload=ml_100k"], "a workload of 1682 items", ["workload=synthetic"]),
+        (["seed=3"], "weights: random, seed 3", ["seed=0"]),
+        (["seed=3", "task=generate", *SEARCH], "task=generate, weights: random, seed 3", ["task=rank", "seed=0"]),
+        (["model=hstu_0p2b", "seed=3"], "model=hstu_0p2b, weights: random, seed 3", ["model=hstu_tiny", "seed=0"]),
+        (["-m", "seed=0,3"], "weights: random, seed 3", ["seed=0"]),
+    ],
+)
+def test_a_load_that_the_server_does_not_serve_is_refused_before_anything_runs(
+    server: Serving, grbench_here: Grbench, tmp_path: Path, words: list[str], asked: str, fixed: list[str]
+) -> None:
+    same = [word for word in TINY if not word.startswith(("workload.", "model=")) or "ml_100k" not in " ".join(words)]
+    same = [word for word in same if word.partition("=")[0] not in {typed.partition("=")[0] for typed in words}]
+    done = grbench_here("load", f"url={server.url}", *same, *words)
+    assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
+    keys = {word.partition("=")[0] for word in fixed}
+    typed = [word for word in [f"url={server.url}", *same, *words] if word.partition("=")[0] not in keys]
+    command = shlex.join(["python", "-m", "grbench", "load", *typed, *fixed])
+    assert done.stderr == (
+        f"grbench load: engine.url: {server.url} serves task=rank on workload=synthetic with 500 items: hstu (hstu, "
+        f"fp32) of hstu_tiny, weights: random, seed 0. Asked was {asked}; type {command}\n"
+    )
 
 
 def test_a_server_of_another_task_or_seed_is_refused(server: Serving) -> None:
@@ -514,18 +546,18 @@ def test_a_server_of_another_task_or_seed_is_refused(server: Serving) -> None:
         model = replace(spec.model, weights=weights)
         return registry.build(RemoteConfig(url=server.url), model, spec.kernel, trace.catalogue, seed, task=task)
 
-    with pytest.raises(ValueError, match=r"weights: random, seed 0\. Asked was a model .* seed 3;"):
+    with pytest.raises(ValueError, match=r"weights: random, seed 0\. Asked was weights: random, seed 3; set seed=0"):
         made(3).prepare(trace.requests, 1)
-    with pytest.raises(ValueError, match=r"Asked was a model whose weights are trained\.safetensors; give the task"):
+    with pytest.raises(ValueError, match=r"Asked was weights: trained\.safetensors; set seed=0 model\.weights=null"):
         made(0, "trained.safetensors").prepare(trace.requests, 1)
     engine = made(0)
     engine.prepare(trace.requests, 1)
     assert len(engine.rank(trace.requests[:2]).scores) == 2
     other = replace(spec.model, name="hstu_0p2b")
-    with pytest.raises(ValueError, match=r"Asked was model=hstu_0p2b, and the server's is hstu_tiny; give the task"):
+    with pytest.raises(ValueError, match=r"Asked was model=hstu_0p2b; set model=hstu_tiny"):
         registry.build(RemoteConfig(url=server.url), other, spec.kernel, trace.catalogue, 0).prepare(trace.requests, 1)
     for task in ("generate", "recommend"):
-        with pytest.raises(ValueError, match=rf"serves task=rank on .*\. Asked was task={task}; give the task"):
+        with pytest.raises(ValueError, match=rf"serves task=rank on .*\. Asked was task={task}; set task=rank"):
             made(0, task=task).prepare(trace.requests, 1)
 
 
@@ -538,9 +570,9 @@ def test_a_pipeline_of_another_seed_is_refused(pipeline: Serving) -> None:
         options = RemoteConfig(url=pipeline.url)
         return registry.build(options, model, spec.kernel, trace.catalogue, seed, task="recommend")
 
-    with pytest.raises(ValueError, match=r"weights: random, seed 0\. Asked was a model whose weights are .* seed 3;"):
+    with pytest.raises(ValueError, match=r"weights: random, seed 0\. Asked was weights: random, seed 3; set seed=0"):
         made(3).prepare(trace.requests, 1)
-    with pytest.raises(ValueError, match=r"Asked was a model whose weights are random, seed 3; ranker\.safetensors;"):
+    with pytest.raises(ValueError, match=r"Asked was .* seed 3; ranker\.safetensors; set seed=0 model\.weights=null"):
         made(3, "ranker.safetensors").prepare(trace.requests, 1)
     made(0).prepare(trace.requests, 1)
 

@@ -167,6 +167,24 @@ def test_a_server_that_never_answers_is_refused_before_anything_is_recorded(
             assert done.stderr.endswith("; start one: grbench serve engine=hstu\n")
 
 
+def test_what_is_no_server_of_grbench_is_refused(grbench_here: Grbench, tmp_path: Path) -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html></html>")
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        done = grbench_here("load", f"url=http://127.0.0.1:{other.server_port}")
+        other.shutdown()
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert "it is no server of grbench; start one: grbench serve engine=hstu" in done.stderr
+
+
 def test_a_server_that_is_not_ready_is_waited_for_in_words(grbench_forked: Grbench) -> None:
     class Starting(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

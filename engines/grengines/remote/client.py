@@ -29,6 +29,8 @@ HEADER_LENGTH = "inference-header-content-length"
 USER_HEADER = "x-user-id"  # of the first user of a call: a proxy sends the user to the replica with their state
 REPORT_S = 5.0
 NO_ANSWER = 0
+UNKNOWN_CALLER = 401  # HTTP's status of a call without one of the server's keys
+FOREIGN = 404  # HTTP's status for a path that the server lacks
 NOT_READY = 503  # HTTP's status of a server that loads its models
 DTYPES = {"INT64": np.int64, "FP32": np.float32}
 
@@ -62,7 +64,7 @@ class Client:
         if not is_url(url):
             raise ValueError(user_refused("url") if names_user(url) else f"url={url}: allowed is {URLS}")
         parts = urlsplit(url)
-        self._url, self._host, self._port = url.rstrip("/"), parts.hostname or "", parts.port
+        self.url, self._host, self._port = url.rstrip("/"), parts.hostname or "", parts.port
         self._connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout_s = timeout_s
@@ -89,20 +91,18 @@ class Client:
                     why = "it answers that it is not ready" if e.status == NOT_READY else e
                     report(f"waiting for the server, {left:.0f} s left ({why})")
                 if left < 0:
-                    raise ServerError(e.status, f"{self._url}: not ready within {timeout_s:g} s: {e}") from None
+                    raise ServerError(e.status, f"{self.url}: not ready within {timeout_s:g} s: {e}") from None
             time.sleep(0.1)
 
-    def reach(self) -> None:
-        """Return once the server has answered anything, also that it is not ready. Raises ServerError if it has not."""
-        try:
-            self._call("GET", "/v2/health/ready")
-        except ServerError as e:
-            if e.status == NO_ANSWER:
-                raise
-
     def status(self) -> dict[str, Any]:
-        """Return the server's state: its model, task, strategies and figures."""
-        found: dict[str, Any] = json.loads(self._call("GET", "/status")[0])
+        """Return the server's state: its model, task, strategies and figures. Raises ServerError."""
+        data = self._call("GET", "/status")[0]
+        try:
+            found = json.loads(data)
+        except ValueError:
+            found = None
+        if not (isinstance(found, dict) and "strategies" in found):
+            raise ServerError(FOREIGN, f"{self.url}: it is no server of grbench")
         return found
 
     @property
@@ -172,13 +172,13 @@ class Client:
                 if again or fresh or isinstance(e, TimeoutError):
                     if isinstance(e, ConnectionRefusedError | socket.gaierror):
                         raise NobodyListensError(
-                            NO_ANSWER, f"{self._url}: nothing listens there ({e.strerror})"
+                            NO_ANSWER, f"{self.url}: nothing listens there ({e.strerror})"
                         ) from None
                     if isinstance(e, ConnectionError):
                         why = f"the server went away ({e.strerror or e})"
                     else:
                         why = f"{type(e).__name__}: {e}"
-                    raise ServerError(NO_ANSWER, f"{self._url}: {why}") from None
+                    raise ServerError(NO_ANSWER, f"{self.url}: {why}") from None
         if answer.status != 200:
             after = answer.headers.get("retry-after-ms")
             raise ServerError(answer.status, _error_of(data), None if after is None else float(after) / 1e3)

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from grengines.api import RANDOM, GenerateResult, RankResult, RecommendResult, Request, Setup, Tier, UnavailableError
-from grengines.remote.client import NO_ANSWER, Answers, Client, ServerError
+from grengines.api import GenerateResult, RankResult, RecommendResult, Request, Setup, Tier, UnavailableError
+from grengines.remote.client import NO_ANSWER, UNKNOWN_CALLER, Answers, Client, ServerError
 from grengines.remote.config import RemoteConfig
+from grengines.remote.served import differences, refusal, strategies
 
 COARSEST = ("fp8", "int8", "bf16", "fp16", "fp32")
 START = "start one: grbench serve engine=hstu"
@@ -77,32 +78,19 @@ class RemoteEngine:
                 client.wait_until_ready(self._options.timeout_s, self._setup.report)
                 status = client.status()
             except ServerError as e:
-                raise UnavailableError(f"{key_of(place)}: {e}; {KEY if e.status == 401 else START}") from None
-            if asked := self._unlike(status):
-                url = (self._options.url, *self._options.more_urls)[place]
-                raise ValueError(f"{key_of(place)}: {_other(url, status, asked)}")
+                raise UnavailableError(
+                    f"{key_of(place)}: {e}; {KEY if e.status == UNKNOWN_CALLER else START}"
+                ) from None
+            of, items = self._setup, self._setup.catalogue.num_items
+            if asked := differences(status, self.task, items, of.seed, of.model, of.retrieval):
+                words = " ".join(word for _, its in asked for word in its)
+                raise ValueError(f"{key_of(place)}: {refusal(client.url, status, asked)}; set {words}")
             self._status = self._status or status
-            if (there := _served(status)) != (first := _served(self._status)):
+            if (there := strategies(status)) != (first := strategies(self._status)):
                 raise ValueError(
                     f"engine.more_urls: {self._options.more_urls[place - 1]} serves {there}, and {self._options.url} "
                     f"serves {first}; start both with the same words"
                 )
-
-    def _unlike(self, status: dict[str, Any]) -> str:
-        """Return what was asked and is not the server's, in words; nothing if all is. The gate compares the answers."""
-        if status["task"] != self.task:
-            return f"task={self.task}"
-        if (items := self._setup.catalogue.num_items) != status["items"]:
-            return f"a workload of {items} items"
-        retrieval, model, seed = self._setup.retrieval, self._setup.model, self._setup.seed
-        if model.name not in (models := {strategy.get("model", model.name) for strategy in status["strategies"]}):
-            return f"model={model.name}, and the server's is {', '.join(sorted(models))}"
-        stages: dict[str, list[object]] = {"rank": [model], "generate": [retrieval], "recommend": [retrieval, model]}
-        own = "; ".join(dict.fromkeys(getattr(its, "weights", None) or f"{RANDOM}{seed}" for its in stages[self.task]))
-        theirs = {one for strategy in status["strategies"] if (one := strategy["weights"])}
-        if theirs and _random(own) not in map(_random, theirs):
-            return f"a model whose weights are {own}"
-        return ""
 
     def actual(self) -> dict[str, Any]:
         """Return the facts of the server. The gate's reference runs here, so `device` is this machine's."""
@@ -193,25 +181,3 @@ class RemoteRecommender(RemoteEngine):
     def recommend(self, requests: Sequence[Request]) -> RecommendResult:
         """Find and rank items for every request. Raises ServerError."""
         return RecommendResult(**self._lists(requests))
-
-
-def _other(url: str, status: dict[str, Any], asked: str) -> str:
-    """Return the refusal of a server that serves something else, in one line, without its option."""
-    weights = sorted({one for strategy in status["strategies"] if (one := strategy["weights"])})
-    what = f"task={status['task']} on workload={status['workload']} with {status['items']} items: {_served(status)}"
-    return (
-        f"{url} serves {what}{', weights: ' if weights else ''}{'; '.join(weights)}. Asked was {asked}; "
-        "give the task, the workload, the model and the seed of the server"
-    )
-
-
-def _random(weights: str) -> set[str]:
-    """Return the random ones of a strategy's weights, by their seeds. A file may have another path there."""
-    return {its for its in weights.split("; ") if its.startswith(RANDOM)}
-
-
-def _served(status: dict[str, Any]) -> str:
-    """Return what a server serves, in words."""
-    return ", ".join(
-        f"{s['name']} ({s['engine']}, {s['precision']}) of {status['model']}" for s in status["strategies"]
-    )
