@@ -8,7 +8,7 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from mmap import mmap
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from grengines.api import Catalogue, Request, Tier
 from grengines.cache import host, policies
-from grengines.cache.events import Counters
+from grengines.cache.events import Counters, EventLog
+from grengines.cache.guarded_policy import GuardedPolicy
 from grengines.cache.history import History
 from grengines.cache.host import HostTier
 from grengines.cache.index import Plan
@@ -411,6 +412,43 @@ def test_a_policy_that_fails_costs_only_its_advice(victim: str, caplog: pytest.L
 
 
 # The host tier
+
+
+class Unlisted(Set[int]):
+    """Users whose list nobody may ask for."""
+
+    def __init__(self, users: set[int]) -> None:
+        self.users = users
+
+    def __contains__(self, user: object) -> bool:
+        return user in self.users
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def __iter__(self) -> Iterator[int]:
+        raise AssertionError("the cost of an eviction grows with the number of states")
+
+
+def test_an_eviction_from_a_lower_tier_looks_at_no_other_state() -> None:
+    policy, users = GuardedPolicy(policies.LRU(), lambda tokens: (1, 1.0), EventLog()), Unlisted(set(range(9)))
+    for user in users.users:
+        policy.touch(user, 1, 0.0)
+
+    def evict(user: int) -> None:
+        users.users.remove(user)
+        policy.remove(user)
+
+    assert policy.make_room(1.0, {0, 1}, users, lambda: len(users) > 6, evict)
+    assert users.users == {0, 1, 5, 6, 7, 8}
+
+
+def test_room_that_only_excluded_states_take_is_not_made() -> None:
+    log, users = EventLog(), dict.fromkeys([1, 2, 3])
+    wrong: Any = SimpleNamespace(victim=lambda now, exclude: 1, remove=lambda user: None)
+    policy = GuardedPolicy(wrong, lambda tokens: (1, 1.0), log)
+    assert not policy.make_room(0.0, {1, 3}, users.keys(), lambda: True, users.pop)
+    assert list(users) == [1, 3] and log.counters.policy_errors == 1  # it named 1, and 2 was evicted
 
 
 def tiered(host_admit_visit: int) -> UserStates:
