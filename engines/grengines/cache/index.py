@@ -9,7 +9,7 @@ from functools import partial
 
 from grengines.api import Request
 from grengines.cache.history import History
-from grengines.cache.host import Load
+from grengines.cache.host import HostState, Load
 from grengines.cache.pool import PagePool
 
 no_pages = partial(array, "i")  # NumPy copies an array five times as fast as a list
@@ -114,6 +114,13 @@ class StateIndex:
         if self.contextual:
             return tokens if same == len(had) == len(history) else 0
         return same
+
+    def same(self, had: History, state: State | HostState) -> int:
+        """Return the number of first tokens that a state shares with one of a history `had` of the same user."""
+        same = had.common(state.history)
+        if same == len(state.history):
+            return state.tokens
+        return 0 if self.contextual else same
 
     def check_in_flight(self, plan: Plan) -> None:
         """Raise RuntimeError for a plan that is committed or aborted."""

@@ -74,11 +74,7 @@ class Offloader:
         state, there = self._index.states[user], self.tier.states.get(user)
         if not state.tokens:  # of a user without a history
             return
-        same = there.history.common(state.history) if there is not None else 0
-        if there is not None and same == len(state.history):
-            same = state.tokens
-        elif self._index.contextual:
-            same = 0
+        same = self._index.same(there.history, state) if there is not None else 0
         try:
             taken = self._make_room(user, len(state.pages), state.now)
             taken = taken and self.tier.store(user, state.tokens, state.history, state.pages, same, state.now)

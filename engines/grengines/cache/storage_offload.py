@@ -49,11 +49,7 @@ class StorageOffloader:
     def take(self, user: int, state: HostState) -> None:
         """Have the disk take a state that left the host, whose memory is freed in any case."""
         there, pages = self.tier.states.get(user), sum(n for _, n in state.extents)
-        same = there.history.common(state.history) if there is not None else 0
-        if there is not None and same == len(state.history):
-            same = state.tokens
-        elif self._index.contextual:
-            same = 0
+        same = self._index.same(there.history, state) if there is not None else 0
         taken = not self._off() and self.tier.ready(state, same)  # asked first: a refusal drops no other state
         taken = taken and self._make_room(user, pages, state.now) and self.tier.store(user, state, same)
         if taken:
