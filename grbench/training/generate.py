@@ -133,7 +133,9 @@ class GenerateTask:
 
     def _cross_entropy(self, logits: Tensor, truth: Tensor) -> Tensor:
         options = self._config.training
-        return F.cross_entropy(logits / options.temperature, truth, label_smoothing=options.smoothing)
+        if options.temperature != 1.0:  # dividing all logits by 1 would take a tenth of a step
+            logits = logits / options.temperature
+        return F.cross_entropy(logits, truth, label_smoothing=options.smoothing)
 
     def cross_entropy(self, rows: Tensor, truth: Tensor) -> Tensor:
         """Return the loss of the first level, over all its codes or over the negatives of this step."""
@@ -165,17 +167,21 @@ class GenerateTask:
 
     def test(self) -> dict[str, float]:
         """Return the figures of the last items of all users; `_new`: without the past, where enough items are left."""
-        split, levels = self._split, self.ids.levels
+        split = self._split
         users, pasts = split.users, split.pasts(split.users)
-        most = K + max(map(len, pasts))
-        k = min(most, len(self.ids.codes)) if levels == 1 else max(self._config.retrieval.beam_width, K)
-        answers = self._answers(split.requests(users, self._most), k)
-        figures: dict[str, float] = {}
+        answers, figures = self.answers(), dict[str, float]()
         left = without(answers, pasts)
         for suffix, its, most in (("", answers, K), (NEW, left, shortest(answers, left, len(self.ids.codes)))):
             ranks, cutoffs = metrics.ranks_of(its, split.targets(users)), [c for c in (5, K) if c <= most]
             figures |= {f"{n}{suffix}": float(f.mean()) for n, f in metrics.list_figures(ranks, cutoffs).items()}
         return figures
+
+    def answers(self) -> list[np.ndarray]:
+        """Return the best items for the last event of each user: by item vectors, K of them outside his past."""
+        users, levels = self._split.users, self.ids.levels
+        most = K + max(map(len, self._split.pasts(users)))
+        k = min(most, len(self.ids.codes)) if levels == 1 else max(self._config.retrieval.beam_width, K)
+        return self._answers(self._split.requests(users, self._most), k)
 
     def _answers(self, requests: Sequence[Request], k: int) -> list[np.ndarray]:
         """Return the k best items of each request, best first; fewer where fewer exist."""

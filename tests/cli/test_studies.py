@@ -13,10 +13,12 @@ import re
 import shlex
 import statistics
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -312,6 +314,40 @@ def test_the_score_of_one_like_sasrec_is_a_product_with_the_last_row(program: An
         row = task.model.network.hidden(tokens)[0, -1]
         vectors = task.model.network.table(0)[torch.from_numpy(request.candidates)]
     torch.testing.assert_close(alone, torch.stack([vectors @ row, vectors @ (2 * row)], 1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_retriever_is_compared_with_one_like_sasrec(
+    program: Any, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few users say nothing of the models: the validation chooses, and the figures of the test fit each other."""
+    log = tmp_path / "log.txt"
+    log.write_text("\n".join(f"u{u} " + " ".join(f"i{(u + n) % 30}" for n in range(12)) for u in range(40)))
+    module = program("retrievers")
+    monkeypatch.setattr(module, "BOTH", [*module.BOTH[1:], "workload=csv", f"workload.path={log}", "training.epochs=2"])
+    monkeypatch.setattr(module, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(1))
+    rows = rows_of(module, tmp_path / "out", capsys, "--trials", "2", "--seeds", "2")
+    tried, judged = rows[:4], rows[4:]
+    assert [row["model"] for row in tried] == [module.HSTU, module.LIKE_SASREC] * 2
+    for row in judged:
+        best = max((r for r in tried if r["model"] == row["model"]), key=lambda r: r["valid_ndcg10"])
+        assert row["trial"] == best["trial"]
+        assert row["low"] <= row["test"] <= row["high"] and row["lowest_seed"] <= row["test"] <= row["highest_seed"]
+    for own, other in zip(judged[::2], judged[1::2], strict=True):
+        assert other["difference"] == pytest.approx(own["test"] - other["test"])
+        assert other["difference_low"] <= other["difference"] <= other["difference_high"]
+    monkeypatch.setattr(module.loop, "train", None)  # every training is kept
+    assert rows_of(module, tmp_path / "out", capsys, "--trials", "2", "--seeds", "2") == rows
+
+
+def test_resamples_draw_the_same_users_and_each_models_seeds(program: Any) -> None:
+    """With equal seeds only the users vary, and equal models do not differ; with other seeds the interval is wider."""
+    module, rng = program("retrievers"), np.random.default_rng(0)
+    first, second = ({"test": {"hr10": (rng.random(300) < share).astype(float)}} for share in (0.1, 0.3))
+    one, same = (module.over_seeds([first] * 3, number)["hr10"] for number in range(2))
+    assert np.array_equal(one.drawn, same.drawn)
+    mixed = module.over_seeds([first, second], 0)["hr10"]
+    assert mixed.value == pytest.approx(np.mean([first["test"]["hr10"], second["test"]["hr10"]]))
+    assert mixed.high - mixed.low > 2 * (one.high - one.low)
 
 
 def test_rows_of_items_are_looked_up(program: Any, tmp_path: Path, capsys: Capture) -> None:
