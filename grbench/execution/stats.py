@@ -22,6 +22,7 @@ SHORTEST_S = 1.0  # a rate or an energy over less time is mostly chance
 LEAST_BATCHES = 10  # for the interval of a rate
 LEAST_SPREAD = 0.02  # of a percentile from run to run, as a share, where the runs themselves are nearer: assumed
 WAIT_ALIKE = "because requests near each other in time wait alike"  # in each note of a lack of independent samples
+BODY = 90.0  # a percentile below the tail, which shows how long latencies stay alike
 WORTH = "_worth"  # ends the name of a metric: how many independent samples a percentile is worth
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 # A tail percentile of a few samples is their maximum under another name. Ten independent samples must lie above it.
@@ -87,12 +88,13 @@ def independent_samples(latencies_ms: npt.NDArray[np.float64], groups: npt.NDArr
 
     groups: [samples] the place of each sample's group in time, from 0. It is the variance of a count of independent
     samples below the percentile over that of these (Vehtari et al., "Rank-normalization, folding, and localization",
-    Bayesian Analysis 2021, section 4.3), with the sums of groups as a time series. The smallest of several percentiles
-    counts, because the few samples above p99 do not show how long a backlog lasts.
+    Bayesian Analysis 2021, section 4.3), with the sums of groups as a time series. The smaller one of the percentile
+    and of BODY counts, because the few samples above p99 do not show how long latencies stay alike. A lower one would
+    not tell: where a machine changes between two speeds, the median shows the speed, of which p99 shows little.
     """
     count, totals = len(latencies_ms), int(groups.max()) + 1
     ordered, worth = np.sort(latencies_ms), float(totals)
-    for level in {50.0, 90.0, percent}:
+    for level in {min(percent, BODY), percent}:
         below = latencies_ms < ordered[_rank(count, level)]
         share = float(below.mean())
         sums = np.bincount(groups, below - share).astype(np.float64)
@@ -172,12 +174,12 @@ def samples_of_runs(runs: Sequence[npt.NDArray[np.float64]], percent: float) -> 
     for a sample below the percentile of all, the variance of the sum of x over one run is that of the sums of x less
     its mean over runs, added up and divided by (runs - 1). It is taken over the common prefix, and a longer run has as
     much a request. Where each run draws a trace of its own, the differences hold what traces vary, so that the same
-    holds for the percentile of all such traces. The smallest of several percentiles counts, as in
+    holds for the percentile of all such traces. The smaller one of two percentiles counts, as in
     `independent_samples`. A shift of a whole run is left out: `percentile_of_runs` counts it, at its own percentile.
     """
     count, common = sum(map(len, runs)), min(map(len, runs))
     values, worth = np.sort(np.concatenate(runs)), float(count)
-    for level in {50.0, 90.0, percent}:
+    for level in {min(percent, BODY), percent}:
         below = np.stack([run[:common] < values[_rank(count, level)] for run in runs]).astype(np.float64)
         share, noise = float(below.mean()), below - below.mean(axis=0)
         noise -= noise.mean(axis=1, keepdims=True)

@@ -208,6 +208,50 @@ def test_what_runs_of_one_trace_have_in_common_is_no_error_of_its_percentile(
     assert np.mean(gains) > 5 if trace else 1 / 1.3 < np.mean(gains) < 1.3
 
 
+def _two_speeds(rng: np.random.Generator, steps: int) -> np.ndarray:
+    """Return the slowness of a machine at each step: 1 or 1.5, each for 250 steps on average."""
+    return 1 + 0.5 * ((np.cumsum(rng.random(steps) < 1 / 250) + rng.integers(2)) % 2)
+
+
+def _drift(rng: np.random.Generator, steps: int) -> np.ndarray:
+    """Return the slowness of a machine whose logarithm drifts by 0.15, alike over 150 steps."""
+    return np.exp(0.15 * _alike(rng, steps, np.exp(-1 / 150)))
+
+
+def _batches_of_16(rng: np.random.Generator, count: int, slowness: np.ndarray, busy: float) -> np.ndarray:
+    """Return the latencies in ms of Poisson arrivals at a server of batches. slowness: of each 20 ms. busy: of 1."""
+    work, arrivals = rng.lognormal(-0.08, 0.4, count), np.cumsum(rng.exponential(0.85 / busy, count))
+    done = np.r_[0.0, np.cumsum(work)]
+    latencies, free, first = np.empty(count), 0.0, 0
+    while first < count:
+        start = max(free, arrivals[first])
+        last = min(int(np.searchsorted(arrivals, start, "right")), first + 16)
+        free = start + (4 + 0.6 * (done[last] - done[first])) * slowness[min(int(start / 20), len(slowness) - 1)]
+        latencies[first:last] = free - arrivals[first:last]
+        first = last
+    return latencies
+
+
+@pytest.mark.parametrize(("machine", "busy", "known"), [(_two_speeds, 0.3, 0.25), (_drift, 0.6, 0.0)])
+def test_p99_of_runs_on_a_machine_that_changes_is_seldom_proven_too_low(machine, busy: float, known: float) -> None:
+    """Runs of 10,000 requests, two at a time. The median's own worth would give none of them an interval."""
+    rng = np.random.default_rng(16)
+    runs = [_batches_of_16(rng, 10_000, machine(rng, 2000), busy) for _ in range(120)]
+    truth = stats.percentile(np.concatenate(runs), 99.0)
+    pairs = list(zip(runs[::2], runs[1::2], strict=True))
+    found = [interval for pair in pairs if (interval := stats.percentile_of_runs(pair, 99.0)[2])]
+    assert len(found) >= known * len(pairs)
+    assert sum(high < truth for _, high in found) <= 0.05 * len(pairs)
+    medians = [stats.samples_of_runs(pair, 50.0) for pair in pairs]
+    assert np.median(medians) < stats.samples_for_interval(99.0) / 2
+
+
+def test_p90_keeps_a_slow_machine_from_proving_p99(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats, "BODY", 99.0)
+    with pytest.raises(AssertionError, match=r"0\.05"):
+        test_p99_of_runs_on_a_machine_that_changes_is_seldom_proven_too_low(_drift, 0.6, 0.0)
+
+
 def test_noise_of_a_known_share_is_worth_what_its_variance_says() -> None:
     """Half of the 10,000 requests of each run take the same time in both; the others come in blocks of 5 by chance."""
     rng = np.random.default_rng(15)
