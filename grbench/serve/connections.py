@@ -7,6 +7,7 @@ import math
 import struct
 import termios
 from fcntl import ioctl
+from typing import Any
 from urllib.parse import unquote
 
 import httptools
@@ -14,7 +15,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from grbench.serve.exchange import Exchange, Target
 
-BEYOND_QUEUE = 256  # connections beyond `serve.max_queue`, so that refusals and health checks get through
 KEEP_ALIVE_S = 75  # between two requests
 HEADERS_S = 10.0  # to the end of a request's headers: from the connection, its first byte, or the answer before it
 GOODBYE_S = 1.0  # for an idle client to answer the end of its TLS session
@@ -28,6 +28,7 @@ class Connection(HttpToolsProtocol):
     """
 
     _in_headers = False  # a request has begun, and its headers are not complete
+    _answered: Any = None  # the newest request that is being answered or was; others that have come wait for it
     _timer: asyncio.TimerHandle
     _ends: float  # the loop's time at which it is closed, unless something comes before
 
@@ -113,6 +114,12 @@ class Connection(HttpToolsProtocol):
         else:
             self.transport.abort()
 
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
         super().connection_lost(exc)
+        if isinstance(self._answered, Exchange):
+            self._answered.leave()

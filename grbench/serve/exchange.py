@@ -24,10 +24,6 @@ class HttpResponse(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
-class ClientLeftError(Exception):
-    """The client has closed its connection before its body was read."""
-
-
 async def no_body(most: int, limit_s: float) -> bytes:
     """Return the body of a request that has none."""
     return b""
@@ -76,9 +72,18 @@ class Exchange(RequestResponseCycle):
             on_response=connection.on_response_complete,
         )
         self._target, self._given = target, list(connection.scope["headers"])
+        self._task: asyncio.Task[None] | None = None  # while it answers
+
+    def leave(self) -> None:
+        """Stop answering, because the client has left: what waits for a batch takes no place in it."""
+        if self._task is not None:
+            self._task.cancel()
 
     async def run_asgi(self, app: Any) -> None:
         """Answer. Uvicorn calls it once the headers are there; the body may come later."""
+        if self.disconnected:
+            return
+        self._task = asyncio.current_task()
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(self._given)}
         try:
             answer = await self._target.endpoint(HttpRequest(headers, self._target.names, self.read))
@@ -89,7 +94,8 @@ class Exchange(RequestResponseCycle):
         finally:
             if not self.response_complete:  # it is cancelled, or its client has left
                 self.transport.close()
-            self.on_response = _nothing  # else the last call of a connection would keep it until a full collection
+            # Else the last call of a connection would keep it until a full collection.
+            self.on_response, self._task = _nothing, None
 
     def _write(self, answer: HttpResponse) -> None:
         lines = [STATUS_LINE[answer.status]]
@@ -112,10 +118,8 @@ class Exchange(RequestResponseCycle):
     async def read(self, most: int, limit_s: float) -> bytes:
         """Return the body, or as much as has come once that is more than `most` bytes.
 
-        Raises TimeoutError after the limit, and ClientLeftError, also if the body was there before the client left.
+        Raises TimeoutError after the limit.
         """
-        if self.disconnected:
-            raise ClientLeftError
         if not self.more_body:
             return bytes(self.body)
         parts: list[bytes] = []
@@ -123,8 +127,6 @@ class Exchange(RequestResponseCycle):
         async with asyncio.timeout(limit_s):
             while True:
                 message: Any = await self.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientLeftError
                 parts.append(message["body"])
                 size += len(parts[-1])
                 if size > most or not message["more_body"]:

@@ -64,7 +64,7 @@ def configuration(config: ServeConfig, replicas: Sequence[Address], certificate:
         stats=f"127.0.0.1:{config.stats_port}",
         header=USER_HEADER,
         owner=OWNER_HEADER,
-        connections=config.max_queue + 256,
+        connections=config.most_connections,
         drain_s=max(int(config.drain_s), 1),
         routes=_routes("replicas", replicas),
         servers="\n".join(servers),

@@ -6,7 +6,6 @@ import asyncio
 import ipaddress
 import math
 import random
-import time
 import traceback
 from collections.abc import Mapping
 from functools import lru_cache
@@ -24,15 +23,14 @@ from starlette.types import Receive, Scope, Send
 from grbench import __version__
 from grbench.execution.gpu import sample_gpu
 from grbench.serve import describe
+from grbench.serve.counted import Counted, status_of
 from grbench.serve.describe import EXTENSIONS, PLATFORM, VERSION
 from grbench.serve.errors import RefusedError
-from grbench.serve.exchange import ClientLeftError, Endpoint, HttpRequest, HttpResponse, Target
-from grbench.serve.haproxy import OWNER_HEADER
+from grbench.serve.exchange import Endpoint, HttpRequest, HttpResponse, Target
 from grbench.serve.keys import client_of
 from grbench.serve.protocol import HEADER_LENGTH, INLINE, Call, json_length, parse_call, render, shown
 from grbench.serve.service import Service
 
-LEFT = 499  # status in the metrics of a call whose client has left
 JSON = {"content-type": "application/json"}
 
 
@@ -153,22 +151,17 @@ class Api:
         return _json({"reload": await self._service.reload()})
 
     async def _append(self, asked: HttpRequest) -> HttpResponse:
-        status = 500
+        service = self._service
         try:
-            answer = _json(self._service.append(await self._call(asked), *_names(asked)))
-            status = answer.status
-            return answer
-        except RefusedError as e:
-            status = e.status
+            answer = _json(service.append(await self._call(asked), *_names(asked)))
+        except BaseException as e:
+            service.metrics.appends.labels(str(status_of(e, service))).inc()
             raise
-        except ClientLeftError:
-            status = LEFT
-            return HttpResponse(LEFT)
-        finally:
-            self._service.metrics.appends.labels(str(status)).inc()
+        service.metrics.appends.labels("200").inc()
+        return answer
 
     async def _call(self, asked: HttpRequest) -> Call:
-        """Read the call of a request. Raises RefusedError and ClientLeftError."""
+        """Read the call of a request. Raises RefusedError."""
         body, length = await self._body(asked), asked.headers.get(HEADER_LENGTH)
         text = len(body) if length is None else json_length(length)  # tensors behind it are only looked at
         call = parse_call(body, length) if text <= INLINE else await asyncio.to_thread(parse_call, body, length)
@@ -176,44 +169,17 @@ class Api:
         return call
 
     async def _infer(self, asked: HttpRequest) -> HttpResponse:
-        begun, service = time.perf_counter(), self._service
-        computed = begun
-        parameters: dict[str, Any] = {}
-        status, strategy, error = 500, "", ""
-        service.metrics.in_flight.inc()
-        if owner := asked.headers.get(OWNER_HEADER):
-            service.metrics.route(service.config.replica, owner)
-        try:
+        with Counted(self._service, asked.headers, asked.ident) as counted:
             call = await self._call(asked)
             model, version = _names(asked)
-            tensors, parameters = await service.infer(call, model, version, begun)
-            computed = time.perf_counter()
+            tensors, parameters = await self._service.infer(call, model, version, counted.begun)
+            counted.answered(parameters)
             body, headers = render(call, model, VERSION, tensors, parameters)
             headers["x-request-id"] = asked.ident
-            status, strategy = 200, parameters["strategy"]
             return HttpResponse(200, body, headers)
-        except RefusedError as e:
-            status, error = e.status, str(e)
-            return refusal(e, asked.ident)
-        except ClientLeftError:
-            status, error = LEFT, "the client has left"
-            return HttpResponse(LEFT)
-        finally:
-            service.metrics.in_flight.dec()
-            ended = time.perf_counter()
-            took_s, post_s = ended - begun, ended - computed
-            loop = asyncio.get_running_loop()
-            loop.call_soon(service.finished, status, strategy, took_s, post_s)  # once it is sent
-            if service.traces is not None:
-                facts = {**parameters, "request_id": asked.ident}
-                loop.call_soon(service.traces.add, asked.headers, took_s, post_s, status, facts)
-            if error or service.config.log_requests:
-                say = service.log.error if error else service.log.info
-                say("call", request_id=asked.ident, status=status, strategy=strategy, ms=round(took_s * 1e3, 3),
-                    error=error)  # fmt: skip
 
     async def _body(self, asked: HttpRequest) -> bytes:
-        """Return the body. Raises ClientLeftError, or RefusedError for one that is too large, slow, or compressed."""
+        """Return the body. Raises RefusedError for one that is too large, slow, or compressed."""
         config = self._service.config
         most = int(config.max_body_mb * 1e6)
         if (encoding := asked.headers.get("content-encoding", "identity")) != "identity":

@@ -20,6 +20,7 @@ from grbench.execution.files import require_weights
 from grengines.options import expand_home, option, violations
 
 PREFIX = "serve."
+BEYOND_QUEUE = 256  # connections beyond `max_queue`, so that refusals and health checks get through
 SWITCH_S = 0.0005  # a thread that computes in Python gives way after this, and the event loop answers
 
 
@@ -70,6 +71,11 @@ class ServeConfig:
     log_requests: bool = option(False, "log every call; false: only those that fail")
 
     @property
+    def most_connections(self) -> int:
+        """Connections of HTTP, and calls of gRPC, at a time."""
+        return self.max_queue + BEYOND_QUEUE
+
+    @property
     def is_local(self) -> bool:
         """True if only this machine can connect."""
         try:
@@ -91,6 +97,11 @@ class ServeConfig:
         rows = [(number, line.split()) for number, line in enumerate(lines, 1) if line.strip()]
         if not rows:
             raise ConfigError(f"serve.api_key_file={self.api_key_file}: it is empty; write a long random key into it")
+        if wrong := next((number for number, words in rows if not words[-1].isascii()), None):
+            raise ConfigError(
+                f"serve.api_key_file={self.api_key_file}: line {wrong}; allowed are keys of ASCII, because headers "
+                "carry no other"
+            )
         if len(rows) == 1 and len(rows[0][1]) == 1:
             return {rows[0][1][0]: ""}
         keys: dict[bytes, str] = {}

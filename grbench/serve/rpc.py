@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
@@ -21,10 +20,9 @@ from google.protobuf import descriptor_pb2, descriptor_pool, json_format, messag
 
 from grbench import __version__
 from grbench.serve import describe
-from grbench.serve.connections import BEYOND_QUEUE
+from grbench.serve.counted import Counted
 from grbench.serve.describe import EXTENSIONS, PLATFORM, VERSION
 from grbench.serve.errors import RefusedError, invalid
-from grbench.serve.haproxy import OWNER_HEADER
 from grbench.serve.keys import client_of
 from grbench.serve.options import bound
 from grbench.serve.protocol import (
@@ -91,8 +89,7 @@ class Rpc:
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),  # a port that another server has is an error
         ]
-        calls = service.config.max_queue + BEYOND_QUEUE
-        self._server_ = grpc.aio.server(options=options, maximum_concurrent_rpcs=calls)
+        self._server_ = grpc.aio.server(options=options, maximum_concurrent_rpcs=service.config.most_connections)
         methods = {
             name: grpc.unary_unary_rpc_method_handler(
                 self._guarded(handler, open_to_all=name in ("ServerLive", "ServerReady")),
@@ -176,13 +173,7 @@ class Rpc:
         return json_format.ParseDict(content, self._classes[name]())
 
     async def _infer(self, request: Any, context: Any) -> Any:
-        begun, service = time.perf_counter(), self._service
-        status, strategy, computed = 500, "", begun
-        facts: dict[str, Any] = {}
-        service.metrics.in_flight.inc()
-        if owner := _metadata(context).get(OWNER_HEADER):
-            service.metrics.route(service.config.replica, owner)
-        try:
+        with Counted(self._service, _metadata(context), request.id) as counted:
             parameters = {name: _value(value) for name, value in request.parameters.items()}
             for part in (*request.inputs, *request.outputs):
                 check_output(part.parameters, part.name)
@@ -192,22 +183,9 @@ class Rpc:
             left_s = context.time_remaining()
             limit_s = math.inf if left_s is None else left_s
             call = Call(tensors, request.id, parameters, outputs, True, limit_s, self._client_of(context))
-            tensors, facts = await service.infer(call, request.model_name, request.model_version, begun)
-            status, strategy, computed = 200, facts["strategy"], time.perf_counter()
+            tensors, facts = await self._service.infer(call, request.model_name, request.model_version, counted.begun)
+            counted.answered(facts)
             return self._response(request, tensors, facts)
-        except RefusedError as e:
-            status = e.status
-            service.log.error("call", request_id=request.id, status=status, error=str(e))
-            raise
-        finally:
-            service.metrics.in_flight.dec()
-            ended = time.perf_counter()
-            took_s, post_s = ended - begun, ended - computed
-            loop = asyncio.get_running_loop()
-            loop.call_soon(service.finished, status, strategy, took_s, post_s)  # once it is sent
-            if service.traces is not None:
-                facts = {**facts, "request_id": request.id}
-                loop.call_soon(service.traces.add, _metadata(context), took_s, post_s, status, facts)
 
     def _response(self, request: Any, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Any:
         response = self._classes["ModelInferResponse"](model_name=request.model_name, model_version=VERSION)

@@ -15,7 +15,7 @@ import uvicorn
 
 from grbench.deployment import Deployment
 from grbench.execution.heap import share_arena
-from grbench.serve.connections import BEYOND_QUEUE, Connection
+from grbench.serve.connections import Connection
 from grbench.serve.errors import RefusedError
 from grbench.serve.http import Api
 from grbench.serve.logs import Log
@@ -57,7 +57,7 @@ async def serve(
             proxy_headers=False,
             lifespan="off",
             http=Connection,
-            limit_concurrency=config.max_queue + BEYOND_QUEUE,
+            limit_concurrency=config.most_connections,
             server_header=False,
             timeout_graceful_shutdown=max(int(config.drain_s), 1),
             ssl_certfile=config.tls_cert_file,

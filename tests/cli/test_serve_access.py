@@ -118,7 +118,8 @@ def test_a_traced_call_has_a_span_for_each_stage(clients: list[Client], request_
 @pytest.mark.parametrize(
     "text, words",
     [("", "it is empty"), ("a x\na y\n", "line 2; allowed are one key without spaces, or lines `NAME KEY` with"),
-     ("a x\n\nb x\n", "line 3; allowed are one key"), ("a x\nb\n", "line 2; allowed"), ("a x y", "line 1; allowed")],
+     ("a x\n\nb x\n", "line 3; allowed are one key"), ("a x\nb\n", "line 2; allowed"), ("a x y", "line 1; allowed"),
+     ("schlüssel", "line 1; allowed are keys of ASCII"), ("a x\nb schlüssel\n", "line 2; allowed are keys of ASCII")],
 )  # fmt: skip
 def test_a_wrong_file_of_keys_is_refused(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "keys").write_text(text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -9,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tritonclient.grpc as tritongrpc
 from helpers import faulty_engine
 from helpers.faulty_engine import FAULTS, POISON
-from helpers.serving import TINY, Serving, serving, tensors_of, tiny_trace, wait_until
+from helpers.serving import TINY, Serving, as_json, serving, tensors_of, tiny_trace, wait_until
 
 from grbench.deployment import Deployment, Step, Strategy
 from grbench.serve import controller, recovery
@@ -174,3 +177,50 @@ def test_a_full_queue_refuses(tensors: dict[str, np.ndarray]) -> None:
         assert (status, answer["error"]) == (429, "1 requests wait already (serve.max_queue)")
         assert headers["retry-after"]
         waiting.join()
+
+
+def test_a_call_whose_client_has_left_takes_no_place_in_a_batch_and_is_no_failure(
+    tensors: dict[str, np.ndarray],
+) -> None:
+    """The engine hangs while a call waits behind another one, and is asked about neither that nor a cancelled one."""
+    words = [*TINY, "engine=faulty", "engine.label=left", "serve.log_requests=true"]
+    with serving(*words) as server, tritongrpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}") as client:
+
+        def figures() -> tuple[float, int, int]:
+            [its] = server.call("/status")[1]["strategies"]
+            return server.metric("grbench_requests_total", status="499"), its["batches"], its["pending"]
+
+        FAULTS["left"] = "hang"
+        first = threading.Thread(target=server.infer, args=[tensors])
+        first.start()
+        wait_until(lambda: figures() == (0, 0, 1))
+        body = json.dumps({"inputs": as_json(tensors)}).encode()
+        head = f"POST /v2/models/hstu_tiny/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", server.port)) as leaves:
+            leaves.sendall(head.encode() + body)
+            wait_until(lambda: figures() == (0, 0, 2))
+        wait_until(lambda: figures()[0] == 1)
+        first.join()
+        wait_until(lambda: figures() == (1, 1, 0))
+
+        with pytest.raises(tritongrpc.InferenceServerException, match="Deadline Exceeded"):
+            client.infer("hstu_tiny", inputs_of(tensors), request_id="late", client_timeout=0.5)
+        wait_until(lambda: figures()[0] == 2)
+        FAULTS.clear()
+        wait_until(lambda: figures()[2] == 0)
+        client.infer("hstu_tiny", inputs_of(tensors), request_id="fine")
+        assert server.metric("grbench_requests_total", status="500") == 0
+        assert server.metric("grbench_inflight") == 0
+        calls = {
+            e["request_id"]: (e["level"], e["status"], e["error"]) for e in server.events() if e["event"] == "call"
+        }
+        assert calls["late"] == ("error", 499, "the client has left") and calls["fine"] == ("info", 200, "")
+
+
+def inputs_of(tensors: dict[str, np.ndarray]) -> list[tritongrpc.InferInput]:
+    """Tensors as inputs of Triton's gRPC client."""
+    made = []
+    for one in as_json(tensors):
+        made.append(tritongrpc.InferInput(one["name"], one["shape"], one["datatype"]))
+        made[-1].set_data_from_numpy(tensors[one["name"]])
+    return made

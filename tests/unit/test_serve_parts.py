@@ -35,7 +35,7 @@ from grbench.config.schema import ConfigError
 from grbench.serve import connections
 from grbench.serve.costs import Costs, Kind
 from grbench.serve.errors import RefusedError
-from grbench.serve.exchange import ClientLeftError, HttpRequest, HttpResponse, Target
+from grbench.serve.exchange import HttpRequest, HttpResponse, Target
 from grbench.serve.http import Api
 from grbench.serve.logs import Log
 from grbench.serve.metrics import Answered, Metrics, StrategyFigures
@@ -292,7 +292,7 @@ class _Starting:
     """Stand-in for a service that is not ready."""
 
     def __init__(self) -> None:
-        self.config = SimpleNamespace(api_keys=None, max_body_mb=1.0, max_queue=4, host="::1", grpc_port=0,
+        self.config = SimpleNamespace(api_keys=None, max_body_mb=1.0, most_connections=260, host="::1", grpc_port=0,
                                       tls_cert_file=None, tls_key_file=None)  # fmt: skip
         self.ready, self.log, self.metrics, self.traces = False, Log(io.StringIO()), Metrics(None), None
         self.limits: list[float] = []
@@ -465,28 +465,31 @@ def test_a_refusal_of_a_call_whose_body_has_come_keeps_the_connection(key: bytes
 
 
 class _Left(_Calls):
-    """Reads the body once the client has left."""
+    """Answers after its client has left, or has the body."""
 
     def __init__(self) -> None:
-        self.read: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def _answer(self, asked: HttpRequest) -> HttpResponse:
-        await asyncio.sleep(0.1)
         try:
-            self.read.set_result(await asked.body(20, 0.1))
-        except ClientLeftError as e:
-            self.read.set_exception(e)
-        return HttpResponse(499)
+            await asked.body(20, 60)
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            self.ended.set_result(asked.names["path"])
+            raise
+        return HttpResponse(200)
 
 
-def test_a_call_of_a_client_that_has_left_is_not_read() -> None:
-    async def read() -> bytes:
+@pytest.mark.parametrize("sent", [posted("/v2/a", b"one"), posted("/v2/a", b"one")[:-1]])
+def test_a_call_whose_client_has_left_is_given_up(sent: bytes) -> None:
+    """It waits for its answer, or for the rest of its body."""
+
+    async def given_up() -> str:
         app = _Left()
-        assert await exchanged(posted("/v2/a", b"one"), app=app) == b""
-        return await asyncio.wait_for(app.read, 20)
+        assert await exchanged(sent, app=app) == b""
+        return await asyncio.wait_for(app.ended, 20)
 
-    with pytest.raises(ClientLeftError):
-        asyncio.run(read())
+    assert asyncio.run(given_up()) == "/v2/a"
 
 
 class _Slow(_Calls):
