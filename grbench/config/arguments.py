@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from typing import NoReturn
 
 from grkernels.nearest import nearest
@@ -15,6 +16,16 @@ class CommandError(ValueError):
     def __init__(self, message: object, code: int = 2) -> None:
         super().__init__(message)
         self.code = code
+
+
+def replaced(words: Sequence[str], by: Sequence[str]) -> list[str]:
+    """Return overrides with those of `by` at their end, instead of those of the same keys."""
+    keys = {_key(word) for word in by}
+    return [*(word for word in words if _key(word) not in keys), *by]
+
+
+def _key(word: str) -> str:
+    return word.lstrip("+").partition("=")[0]
 
 
 class Arguments(argparse.ArgumentParser):

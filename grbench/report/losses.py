@@ -5,12 +5,16 @@ One record has the options of the deployment's first strategy. The other differs
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from grbench.config.arguments import replaced
 from grbench.config.schema import ConfigError, RunSpec
 from grbench.deployment import Deployment, Step
+from grbench.execution.gpu import visible_gpus
 from grbench.execution.records import RunRecord
 from grbench.report.cells import Cell, shown
 from grbench.report.groups import Row
@@ -20,22 +24,51 @@ from grbench.report.work import by_content, options_of
 WINDOW, AGE = "workload.max_history", "workload.stale_events"
 # Options of engine and cache: a plan or an ONNX file may be of 8 bits, and another engine answers as `fallback`.
 DECIDING = ("name", "precision", "calibration", "plan", "onnx", "fallback")
-MEASURE = "measure it as `python -m grbench study=quality` does, or type the loss into the file"
+AUTO = {"onnxruntime": ("fp16", "fp32"), "tensorrt": ("bf16", "bf16")}  # engine.precision=auto on a GPU, on a CPU
+USUAL = ("bf16", "fp32")  # the same of every other engine
+
+ALLOW = "gate.allow_loss=[fp16,bf16,int8,fp8]"  # the loss is what a record measures
+EVENTS = 4  # that an old state lacks, in a command
 
 Options = dict[str, str]
 Measured = Sequence[tuple[Point, Options]]
 
 
 def options_of_spec(spec: RunSpec) -> dict[str, Any]:
-    """Return a strategy's options by dotted key, files by content. Raises OSError for a file that can't be read."""
-    return by_content(spec.to_dict(), spec.file_contents())
+    """Return a strategy's options by dotted key, files by content, and for a precision `auto` what it is here.
+
+    Raises OSError for a file that can't be read.
+    """
+    options = by_content(spec.to_dict(), spec.file_contents())
+    return options | {key: _precision_here(options, key) for key in _automatic(options)}
 
 
-def with_losses(deployment: Deployment, options: Mapping[str, Mapping[str, Any]], cells: Sequence[Cell]) -> list[Step]:
+def automatic(specs: Iterable[RunSpec]) -> dict[str, str]:
+    """Return the precision here of each option that leaves it to the engine, by its key."""
+    every = [by_content(spec.to_dict(), {}) for spec in specs]
+    return {key: _precision_here(options, key) for options in every for key in _automatic(options)}
+
+
+def _automatic(options: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in options.items() if value == "auto" and key.endswith(".precision")]
+
+
+def _precision_here(options: Mapping[str, Any], key: str) -> str:
+    """Return what a precision `auto` is on this machine."""
+    engine = key.removesuffix(".precision")
+    device = options.get(f"{engine}.device", "auto")
+    on_gpu = device == "cuda" or (device == "auto" and bool(visible_gpus()))
+    return AUTO.get(options[engine], USUAL)[0 if on_gpu else 1]
+
+
+def with_losses(
+    deployment: Deployment, options: Mapping[str, Mapping[str, Any]], cells: Sequence[Cell], folder: str | Path
+) -> list[Step]:
     """Return the steps with their losses, the 95% intervals of these, and the record that each is from.
 
-    options: of each strategy, by its name (`options_of_spec`). Of several records that match, such as states of
-    several ages, the one that loses most counts. Raises ConfigError, one line, for a step that no record matches.
+    options: of each strategy, by its name (`options_of_spec`). folder: of the records. Of several records that match,
+    such as states of several ages, the one that loses most counts. Raises ConfigError for a step that no record
+    matches: one line with the record that is lacking and the command that makes it.
     """
     rows = [Row(0, "", record, folder) for folder, record in cells if record.spec.get("task") == deployment.task]
     measured = [(point, _decisive(_that_ran(point.row.record))) for point in points(rows)]
@@ -43,28 +76,47 @@ def with_losses(deployment: Deployment, options: Mapping[str, Mapping[str, Any]]
     cheaper = {step.strategy for step in deployment.degrade}
     names = [strategy.name for strategy in deployment.strategies]
     first = next((name for name in names if name not in cheaper), names[0])
+    overrides = {strategy.name: strategy.overrides for strategy in deployment.strategies}
+
+    def make(strategy: str, *changed: str, like: Sequence[Point] = ()) -> str:
+        """Return the command that makes a record. like: those that it is to be compared with."""
+        words = [f"task={deployment.task}", "scenario=offline", ALLOW, f"runner.output_root={folder}", *changed]
+        if like:
+            spec = like[0].row.record.spec
+            words += [f"gate.quality_requests={spec['gate']['quality_requests']}", f"seed={spec['seed']}"]
+        command = shlex.join(["python", "-m", "grbench", *replaced(overrides[strategy], words)])
+        return f"; make it: {command}; or type the loss into the file"
+
     steps = []
     for number, step in enumerate(deployment.degrade):
         try:
-            steps.append(_with_loss(step, first, decisive, measured))
+            steps.append(_with_loss(step, first, decisive, measured, make))
         except ConfigError as e:
             raise ConfigError(f"degrade[{number}] ({step.name}): {e}") from None
     return steps
 
 
-def _with_loss(step: Step, first: str, decisive: Mapping[str, Options], measured: Measured) -> Step:
+def _with_loss(
+    step: Step, first: str, decisive: Mapping[str, Options], measured: Measured, make: Callable[..., str]
+) -> Step:
     """Return a step with its loss: fewer candidates keep a typed one. Raises ConfigError if no record matches."""
     if step.max_candidates and step.loss:
         return step
     if step.max_candidates:
         raise ConfigError("no study measures answers without the last candidates; type the loss into the file")
     base = decisive[first]
+    for name in dict.fromkeys((first, step.strategy or first)):
+        if not any(key.endswith(".weights") for key in decisive[name]):
+            option = "retrieval.weights" if base["task"] == "generate" else "model.weights"
+            raise ConfigError(
+                f"strategy {name} has random weights, which have no quality; add {option}=FILE to its overrides"
+            )
     bases = [point for point, its in measured if its == base]
     if not bases:
-        raise ConfigError(f"no record has the options of strategy {first}{_nearest(base, measured)}")
+        raise ConfigError(f"no record has the options of strategy {first}{_nearest(base, measured)}{make(first)}")
     if step.stale_state:
         changed = [point for point, its in measured if AGE in its and base != its == base | {AGE: its[AGE]}]
-        missing = f"no record has strategy {first} with {AGE} > 0; {MEASURE}"
+        missing = f"no record has strategy {first} with {AGE} > 0{make(first, f'{AGE}={EVENTS}', like=bases)}"
     else:
         wanted = decisive[step.strategy] if step.strategy else base | {WINDOW: shown(step.max_history)}
         changed = [point for point, its in measured if its == wanted]
@@ -74,7 +126,8 @@ def _with_loss(step: Step, first: str, decisive: Mapping[str, Options], measured
                 "the step out, or type the loss into the file"
             )
         what = f"strategy {step.strategy}" if step.strategy else f"strategy {first} with {WINDOW}={step.max_history}"
-        missing = f"no record has {what}{_nearest(wanted, measured)}"
+        word = [] if step.strategy else [f"{WINDOW}={step.max_history}"]
+        missing = f"no record has {what}{_nearest(wanted, measured)}{make(step.strategy or first, *word, like=bases)}"
     name = next(iter(FIGURES[base["task"]]))
     pairs = [(b, point) for b in bases for point in changed if _comparable(b, point, name)]
     if not pairs:
@@ -98,7 +151,7 @@ def _loss(change: float) -> float:
 def _that_ran(record: RunRecord) -> dict[str, Any]:
     """Return a record's options, with the precision that ran for `auto`, which the device decides."""
     options = options_of(record)
-    for key in [key for key, value in options.items() if value == "auto" and key.endswith(".precision")]:
+    for key in _automatic(options):
         part: Mapping[str, Any] = record.actual
         for stage in key.split(".")[1:-1]:
             part = part[stage]
@@ -123,21 +176,16 @@ def _decisive(options: Mapping[str, Any]) -> Options:
 
 
 def _nearest(wanted: Options, measured: Measured) -> str:
-    """Return what the nearest record has instead, and what the user can do, for a message."""
-    auto = next((key for key, value in wanted.items() if value == "auto" and key.endswith(".precision")), "")
-    advice = (
-        f"set {auto}=fp32 in the strategy: a record has the precision that ran; or type the loss into the file"
-        if auto else MEASURE
-    )  # fmt: skip
+    """Return what the nearest record has instead, for a message."""
     differences = [
         [f"{key}={its.get(key, 'null')} instead of {wanted.get(key, 'null')}" for key in sorted({*its, *wanted})
          if its.get(key) != wanted.get(key)]
         for _, its in measured
     ]  # fmt: skip
     if not differences:
-        return f": none has the task, figures of quality and their resamples; {MEASURE}"
+        return ": none has the task, figures of quality and their resamples"
     least = min(differences, key=len)
-    return f"; the nearest of them has {', '.join(least[:3])}{' and more' if len(least) > 3 else ''}; {advice}"
+    return f"; the nearest of them has {', '.join(least[:3])}{' and more' if len(least) > 3 else ''}"
 
 
 def _comparable(base: Point, point: Point, name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from grbench.config.arguments import Arguments, CommandError
 from grbench.config.compose import prepare_hydra
 from grbench.config.schema import ConfigError
 from grbench.report.frame import ReportError, read_cells
-from grbench.report.losses import options_of_spec, with_losses
+from grbench.report.losses import automatic, options_of_spec, with_losses
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,8 +37,12 @@ def main(words: Sequence[str]) -> int:
         deployment = deployments.load(args.file)
         if not deployment.degrade:
             raise ConfigError(f"{args.file}: degrade: no step; write the steps first, without their losses")
-        options = {name: options_of_spec(spec) for name, spec in deployment.specs(args.file).items()}
-        deployment.degrade = with_losses(deployment, options, read_cells([args.records]))
+        specs = deployment.specs(args.file)
+        for key, precision in automatic(specs.values()).items():
+            here = f"{key}=auto is {precision} on this machine; name the precision where another one serves"
+            print(f"grbench losses: {here}", file=sys.stderr)
+        options = {name: options_of_spec(spec) for name, spec in specs.items()}
+        deployment.degrade = with_losses(deployment, options, read_cells([args.records]), args.records)
         deployments.save(deployment, args.file)
     except ConfigError as e:
         raise CommandError(e if str(e).startswith(str(args.file)) else f"{args.file}: {e}") from e

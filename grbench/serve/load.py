@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from grbench import workloads
-from grbench.config.arguments import Arguments
+from grbench.config.arguments import Arguments, replaced
 from grbench.config.jobs import Job
 from grbench.config.schema import ConfigError
 from grbench.execution import command
@@ -60,7 +60,7 @@ def _require_servers(words: Sequence[str], jobs: Sequence[Job]) -> None:
                 items[key] = _items(spec.workload, status["workload"])
             drawn = spec.workload.name if isinstance(spec.workload, DrawnConfig) else ""
             if asked := differences(status, spec.task, items[key], spec.seed, spec.model, spec.retrieval, drawn):
-                fixed = shlex.join(_replaced(words, [word for _, its in asked for word in its]))
+                fixed = shlex.join(replaced(words, [word for _, its in asked for word in its]))
                 again = f"; type python -m grbench load {fixed}"
                 raise ConfigError(f"{key_of(place)}: {refusal(client.url, status, asked)}{again}")
 
@@ -70,12 +70,6 @@ def _items(workload: WorkloadOptions, of_server: str) -> int | None:
     if isinstance(workload, FileConfig) and workload.name == of_server:
         return None
     return workloads.catalogue(workload).num_items
-
-
-def _replaced(words: Sequence[str], by: Sequence[str]) -> list[str]:
-    """Return words with these overrides instead of those of the same keys."""
-    keys = {word.partition("=")[0] for word in by}
-    return [*(word for word in words if word.lstrip("+").partition("=")[0] not in keys), *by]
 
 
 def as_run(words: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import pytest
 
 from grbench import deployment as deployments
 from grbench.config.arguments import CommandError
+from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError
 from grbench.deployment import Deployment, Step, Strategy
+from grbench.report import losses
 from grbench.report.frame import read_cells
 from grbench.report.losses import options_of_spec, with_losses
 from grbench.report.losses_command import main
@@ -83,7 +86,7 @@ def test_the_command_fills_in_what_the_page_says(tmp_path: Path, capsys: pytest.
 def test_a_ranker_loses_auc(changes: dict[str, str]) -> None:
     """A cache, kernels and the device do not decide quality; the precision of the second strategy does."""
     steps = (Step("short", max_history=8), Step("old", stale_state=True), Step("bf16", strategy="half"))
-    short, old, half = with_losses(*rank(*steps, **changes), read_cells([KEPT]))
+    short, old, half = with_losses(*rank(*steps, **changes), read_cells([KEPT]), KEPT)
     assert_is(short, "auc_loss", "Rank: history window against speed", "8")
     assert_is(old, "auc_loss", "Rank: age of the state against speed", "16")
     assert_is(half, "auc_loss", "Rank: engine and precision against speed", "hstu bf16")
@@ -131,29 +134,77 @@ def test_a_ranker_loses_auc(changes: dict[str, str]) -> None:
             )
             for window in (50, 128)  # the strategy has 50, and there are records of both
         ],
-        (
-            Step("s", max_history=8),
-            {"engine__precision": "auto"},
-            "no record has the options of strategy ranker; the nearest of them has engine.precision=",
-        ),
     ],
 )
 def test_a_step_without_a_record_is_refused(step: Step, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        with_losses(*rank(step, **changes), read_cells([KEPT]))
+        with_losses(*rank(step, **changes), read_cells([KEPT]), KEPT)
     message = str(refused.value)
     assert message.startswith(f"degrade[0] (s): {words}")
     assert "type the loss into the file" in message and "\n" not in message
 
 
-@pytest.mark.parametrize("auto", ["ranker", "half"])
-def test_the_precision_of_a_strategy_is_to_be_named(auto: str) -> None:
-    """The advice is not to measure: a record with `auto` has the precision that ran."""
-    precision = {"ranker": "auto", "half": "fp32"}[auto]
-    step = Step("s", strategy="half") if auto == "half" else Step("s", max_history=8)
-    advice = r"; set engine\.precision=fp32 in the strategy: a record has the precision that ran; or type the loss"
-    with pytest.raises(ConfigError, match=rf"strategy {auto}; the nearest of them has [^;]*{advice}"):
-        with_losses(*rank(step, half=["engine.precision=auto"], engine__precision=precision), read_cells([KEPT]))
+def test_a_precision_auto_is_what_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The records asked for fp32, or for auto, and fp32 ran: it is auto on a CPU, and bf16 is auto on a GPU."""
+    step, auto = Step("short", max_history=8), {"engine__precision": "auto"}
+    cells = read_cells([KEPT])
+    monkeypatch.setattr(losses, "visible_gpus", list)
+    assert_is(with_losses(*rank(step, **auto), cells, KEPT)[0], "auc_loss", "Rank: history window against speed", "8")
+    monkeypatch.setattr(losses, "visible_gpus", lambda: ["0"])
+    here = {**auto, "engine__device": "cpu"}
+    assert_is(with_losses(*rank(step, **here), cells, KEPT)[0], "auc_loss", "Rank: history window against speed", "8")
+    half = rank(Step("half", strategy="half"), half=["engine.precision=auto"])
+    row = "hstu bf16"
+    assert_is(with_losses(*half, cells, KEPT)[0], "auc_loss", "Rank: engine and precision against speed", row)
+    with pytest.raises(ConfigError, match=r"no record has strategy ranker with workload\.max_history=8"):
+        with_losses(*rank(step, **auto), cells, KEPT)
+
+
+@pytest.mark.parametrize("engine", ["hstu", "aoti", "onnxruntime", "tensorrt", "vllm", "hf"])
+@pytest.mark.parametrize("gpus", [[], ["0"]])
+def test_a_precision_auto_is_as_the_option_of_the_engine_says(
+    monkeypatch: pytest.MonkeyPatch, engine: str, gpus: list[str]
+) -> None:
+    monkeypatch.setattr(losses, "visible_gpus", lambda: gpus)
+    spec, _ = compose_spec([f"engine={engine}"])
+    [its] = [field for field in dataclasses.fields(spec.engine) if field.name == "precision"]  # type: ignore[arg-type]
+    said = re.search(r"auto: (\w+)(?: on cuda, (\w+) on cpu)?", its.metadata["help"])
+    assert said is not None
+    expected = said[1] if gpus or said[2] is None else said[2]
+    assert losses.automatic([spec]) == {"engine.precision": expected}
+
+
+@pytest.mark.parametrize("lacking", ["base", "window", "age", "strategy"])
+def test_the_command_of_a_lacking_record_makes_it(lacking: str) -> None:
+    """The options of the command, given to a copy of a record that is there, are the record that lacked."""
+    step = {"age": Step("s", stale_state=True), "strategy": Step("s", strategy="half")}.get(lacking)
+    deployment, options = rank(step or Step("s", max_history=9), half=["engine.precision=auto", "engine=aoti"])
+    cells = [cell for cell in read_cells([KEPT]) if not cell[1].spec["workload"]["stale_events"]]
+    if lacking == "base":
+        cells = [cell for cell in cells if cell[1].spec["workload"]["max_history"] == 8]
+    with pytest.raises(ConfigError, match="no record has ") as refused:
+        with_losses(deployment, options, cells, "outputs/mine")
+    command = re.search(r"; make it: python -m grbench (.*); or type the loss into the file$", str(refused.value))
+    assert command is not None
+    spec, run = compose_spec(shlex.split(command[1]))
+    assert run.runner.output_root == "outputs/mine" and len(spec.gate.allow_loss) == 4
+    folder, made = next(cell for cell in cells if cell[1].spec["task"] == "rank")
+    made = copy.deepcopy(made)
+    made.spec, made.files, made.actual = spec.to_dict(), spec.file_contents(), {**made.actual, "precision": "fp32"}
+    if lacking == "base":
+        with pytest.raises(ConfigError, match=r"no record has strategy ranker with workload\.max_history=9"):
+            with_losses(deployment, options, [*cells, (folder, made)], KEPT)
+    else:
+        [found] = with_losses(deployment, options, [*cells, (folder, made)], KEPT)
+        assert found.record == str(folder)
+
+
+def test_random_weights_have_no_losses() -> None:
+    strategies = [Strategy("ranker", COMMON)]
+    deployment = Deployment(version=1, task="rank", strategies=strategies, degrade=[Step("short", max_history=8)])
+    options = {name: options_of_spec(spec) for name, spec in deployment.specs().items()}
+    with pytest.raises(ConfigError, match=r"strategy ranker has random weights, which have no quality; add model\.w"):
+        with_losses(deployment, options, read_cells([KEPT]), KEPT)
 
 
 def test_an_onnx_file_is_another_model() -> None:
@@ -164,13 +215,13 @@ def test_an_onnx_file_is_another_model() -> None:
             record.spec["engine"] |= {"name": "onnxruntime", "precision": "fp16", "onnx": None}
     half, step = ["engine=onnxruntime", "engine.precision=fp16"], Step("s", strategy="half")
     assert_is(
-        with_losses(*rank(step, half=half), cells)[0],
+        with_losses(*rank(step, half=half), cells, KEPT)[0],
         "auc_loss",
         "Rank: engine and precision against speed",
         "hstu bf16",
     )
     with pytest.raises(ConfigError, match=r"half; the nearest of them has engine\.onnx=null instead of sha256:"):
-        with_losses(*rank(step, half=[*half, f"engine.onnx={__file__}"]), cells)
+        with_losses(*rank(step, half=[*half, f"engine.onnx={__file__}"]), cells, KEPT)
 
 
 def test_other_weights_are_another_model(tmp_path: Path) -> None:
@@ -195,7 +246,7 @@ def test_records_of_other_users_are_not_compared() -> None:
         if record.spec["workload"]["max_history"] == 8:
             record.spec["gate"]["quality_requests"] = 500
     with pytest.raises(ConfigError, match="max_history=8"):
-        with_losses(*rank(Step("short", max_history=8)), cells)
+        with_losses(*rank(Step("short", max_history=8)), cells, KEPT)
 
 
 def test_the_precision_of_a_record_is_that_which_ran() -> None:
@@ -204,13 +255,13 @@ def test_the_precision_of_a_record_is_that_which_ran() -> None:
     for _, record in cells:
         if record.spec["engine"].get("precision") == "fp32":
             record.spec["engine"]["precision"] = "auto"
-    [short] = with_losses(*rank(Step("short", max_history=8)), cells)
+    [short] = with_losses(*rank(Step("short", max_history=8)), cells, KEPT)
     assert_is(short, "auc_loss", "Rank: history window against speed", "8")
 
 
 def test_fewer_candidates_keep_the_loss_that_was_typed() -> None:
     typed = Step("half", max_candidates=16, loss={"auc_loss": 0.003})
-    kept, short = with_losses(*rank(typed, Step("short", max_history=8)), read_cells([KEPT]))
+    kept, short = with_losses(*rank(typed, Step("short", max_history=8)), read_cells([KEPT]), KEPT)
     assert kept == typed
     assert_is(short, "auc_loss", "Rank: history window against speed", "8")
 
@@ -220,7 +271,7 @@ def test_a_loss_of_nothing_has_no_sign() -> None:
     [base] = [(f, record) for f, record in read_cells([KEPT]) if f.name == "rank_offline_quality_requests=1000"]
     copied = copy.deepcopy(base[1])
     copied.spec["workload"]["max_history"] = 49
-    [short] = with_losses(*rank(Step("short", max_history=49)), [base, (base[0], copied)])
+    [short] = with_losses(*rank(Step("short", max_history=49)), [base, (base[0], copied)], KEPT)
     assert str([short.loss, short.intervals]) == "[{'auc_loss': 0.0}, {'auc_loss': [0.0, 0.0]}]"
 
 
