@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from grbench.execution.clock import wake_on_time
 from grbench.scenarios.batcher import (
     Answered,
     Batcher,
@@ -20,7 +21,14 @@ from grbench.scenarios.batcher import (
     Watch,
     unwatched,
 )
-from grbench.scenarios.config import ClosedLoopConfig, LoadGenConfig, ScenarioConfig, TraceReplayConfig, is_accuracy
+from grbench.scenarios.config import (
+    ClosedLoopConfig,
+    LoadGenConfig,
+    ScenarioConfig,
+    TraceReplayConfig,
+    is_accuracy,
+    issuer_waits,
+)
 from grbench.scenarios.waiting import order_key
 from grengines.api import ContinuousEngine, Engine, Request
 
@@ -62,6 +70,7 @@ def run_scenario(
     far, on a thread of the request loop. watch: called before it with the batch's requests, answers and size; what it
     raises ends the scenario.
     """
+    wake_on_time()
     accuracy = None
     if is_accuracy(config):
         from grbench.scenarios.accuracy import AccuracyRun
@@ -111,7 +120,8 @@ def _starter(config: ScenarioConfig, engine: Engine, task: str, progress: Callab
         if isinstance(engine, ContinuousEngine):
             return ContinuousBatcher(engine, config.max_batch, after_batch, watch, key)
         answer, wait_s = getattr(engine, task), config.max_wait_ms / 1e3
-        return Batcher(answer, config.max_batch, wait_s, after_batch, max(config.in_flight, 1), watch, key)
+        in_flight = 0 if issuer_waits(config) else max(config.in_flight, 1)
+        return Batcher(answer, config.max_batch, wait_s, after_batch, in_flight, watch, key)
 
     return start
 

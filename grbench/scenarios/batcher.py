@@ -200,7 +200,9 @@ class Batcher(RequestLoop):
     """A loop that forms batches. One closes when it holds `max_batch` requests or its oldest has waited `max_wait_s`.
 
     answer: the engine's method for the task. in_flight: the most batches at the same time. A batch behind another one
-    closes only when it is full, because it can still grow until the device is free.
+    closes only when it is full, because it can still grow until the device is free. 0: there is no thread, and `submit`
+    answers its requests itself, for a load generator that waits for them before it sends others. So no thread has to
+    wake up for a request.
     """
 
     def __init__(
@@ -217,6 +219,11 @@ class Batcher(RequestLoop):
         self._answer, self._max_wait_s, self._under_way = answer, max_wait_s, 0
         self._noting = threading.Lock()
         super().__init__(max_batch, answered, in_flight, watch, key, wanted)
+
+    def submit(self, tickets: Iterable[Ticket]) -> None:
+        super().submit(tickets)
+        while not self._threads and self._waiting and (batch := self._next_batch()):
+            self._run(batch)
 
     def _work(self) -> None:
         while batch := self._next_batch():

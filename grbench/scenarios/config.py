@@ -101,6 +101,13 @@ def is_accuracy(config: ScenarioConfig) -> bool:
     return isinstance(config, LoadGenConfig) and config.mode == "accuracy"
 
 
+def issuer_waits(config: ScenarioConfig) -> bool:
+    """Return whether the load generator sends nothing while a batch is under way."""
+    if isinstance(config, MultiStreamConfig):
+        return config.in_flight < 2 or config.samples_per_query <= config.max_batch
+    return isinstance(config, SingleStreamConfig)
+
+
 def issued(config: ScenarioConfig) -> int | None:
     """Return the number of requests that a scenario issues; None for all, or where its shortest duration decides."""
     if is_accuracy(config):

@@ -121,6 +121,8 @@ def run(
         loadgen.join(limit_s)
         return not loadgen.is_alive()
 
+    with issuing:  # until LoadGen's thread has left the engine, where it answers requests itself
+        pass
     try:
         batcher.close()
     except HopelessError as e:

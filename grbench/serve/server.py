@@ -14,6 +14,7 @@ import psutil
 import uvicorn
 
 from grbench.deployment import Deployment
+from grbench.execution.clock import wake_on_time
 from grbench.execution.heap import share_arena
 from grbench.serve.connections import Connection
 from grbench.serve.errors import RefusedError
@@ -46,7 +47,8 @@ async def serve(
 
     Clients can connect at once; the server is ready when a strategy is checked and warm. SIGHUP or `again` reloads.
     """
-    share_arena()  # before there are threads
+    share_arena()  # both before there are threads
+    wake_on_time()
     service = Service(deployment, source, config, log, load)
     end = ended or asyncio.Event()
     http = _Http(

@@ -2,7 +2,8 @@
 
 An engine that does nothing runs through the whole measuring path (LoadGen, batcher, checks of answers, sample rows). It
 alternates with the configured engine in one process. Its p50 is the overhead, and its share is relative to the
-configured engine's p50.
+configured engine's p50. LoadGen's own p50 of that engine is printed beside it: it also has the way from LoadGen to the
+first timestamp, and the check, the sample row and the response after the last one.
 
 Every answer is checked between batches, which lowers the throughput. To see by how much, the engine that does nothing
 also answers requests offline, with and without the checks in turn. The processor time of the quickest round counts,
@@ -100,7 +101,7 @@ def compare(spec: RunSpec, repeats: int) -> None:
     from grbench import workloads
     from grbench.gate import gate_for
     from grbench.gate.measured import MeasuredAnswers
-    from grbench.scenarios import run_scenario
+    from grbench.scenarios import Measurement, run_scenario
     from grbench.scenarios.batcher import unwatched
     from grengines import registry
 
@@ -112,21 +113,23 @@ def compare(spec: RunSpec, repeats: int) -> None:
     gate.check(engine, spec.scenario.max_batch)
     null = NullEngine(len(spec.ranking_model.tasks))
 
-    def run(scenario: ScenarioConfig, runs: Engine, seed: int, checks: bool = True) -> float:
-        """Return the p50 in milliseconds."""
+    def run(scenario: ScenarioConfig, runs: Engine, seed: int, checks: bool = True) -> Measurement:
         watch = MeasuredAnswers(gate.form, spec.gate.measured, spec.seed).watch if checks else unwatched
         limit = spec.latency_limit_ms
         with tempfile.TemporaryDirectory() as folder:
-            measurement = run_scenario(
+            return run_scenario(
                 scenario, runs, trace.requests, latency_limit_ms=limit, seed=seed, folder=Path(folder), watch=watch
             )
-        return float(np.median(measurement.samples["latency_ms"]))
 
-    p50s: dict[str, list[float]] = {"null": [], spec.engine.name: []}
+    p50s: dict[str, list[float]] = {"null": [], spec.engine.name: []}  # milliseconds
+    loadgens: list[float] = []  # its own p50s of the engine that does nothing
     offline_us: dict[bool, list[float]] = {False: [], True: []}  # processor time of an answer, without and with checks
     for seed in range(spec.seed, spec.seed + repeats):
         for name, runs in (("null", null), (spec.engine.name, engine)):
-            p50s[name].append(run(spec.scenario, runs, seed))
+            measurement = run(spec.scenario, runs, seed)
+            p50s[name].append(float(np.median(measurement.samples["latency_ms"])))
+            if runs is null and (own := measurement.metrics.get("loadgen_latency_ms/p50")) is not None:
+                loadgens.append(own)
         for checks, times in offline_us.items():
             begun = time.process_time()
             run(OFFLINE, null, seed, checks)
@@ -136,6 +139,8 @@ def compare(spec: RunSpec, repeats: int) -> None:
         rounds = " ".join(f"{v * 1e3:.1f}" for v in values)
         print(f"{name:>8}: p50 {np.median(values) * 1e3:.1f} us   (rounds: {rounds})")
     print(f"overhead: {added * 1e3:.1f} us, {added / real:.1%} of {spec.engine.name} on {spec.model.name}")
+    if loadgens:
+        print(f"  LoadGen: {np.median(loadgens) * 1e3:.1f} us at p50, with the check, the sample row and the response")
     without, checked = (min(times) for times in offline_us.values())
     print(
         f"  checks: {checked - without:.2f} us an answer, between batches   (offline, null, batches of "

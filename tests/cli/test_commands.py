@@ -264,6 +264,8 @@ def test_overhead_is_small_beside_the_engine(grbench_forked: Grbench) -> None:
     found = re.search(r"overhead: ([\d.]+) us, ([\d.]+)% of hstu on hstu_tiny", done.stdout)
     assert found, done.stdout
     assert 0 < float(found[1]) < 1000 and float(found[2]) < 10  # about 1% on idle cores
+    loadgens = re.search(r"LoadGen: ([\d.]+) us at p50", done.stdout)
+    assert loadgens and float(found[1]) < float(loadgens[1]) < 1000
     checks = re.search(r"checks: (-?[\d.]+) us an answer, between batches .*: ([\d.]+) us .* without", done.stdout)
     assert checks, done.stdout
     assert float(checks[1]) < float(checks[2])  # less than the rest of the harness

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import threading
 import time
@@ -93,6 +94,7 @@ def test_loadgens_own_percentiles_agree_with_ours(config: ScenarioConfig, tmp_pa
 
 
 STALL_S = 1.0
+PR_GET_TIMERSLACK = 30  # of Linux's prctl
 
 
 @pytest.mark.serial
@@ -132,25 +134,35 @@ print(_beside_loadgen(m.samples, m.metrics), m.metrics)
 
 
 @pytest.mark.serial
-@pytest.mark.parametrize("moved_s", [-3600, 3600, 0])
-def test_a_clock_that_is_set_ends_the_scenario_at_once(moved_s: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("moved_s, in_single_stream", [(-3600, False), (3600, False), (3600, True), (0, False)])
+def test_a_clock_that_is_set_ends_the_scenario_at_once(moved_s: int, in_single_stream: bool, tmp_path: Path) -> None:
     """In a process of its own, because LoadGen is left behind. It sees the real clock and would go on for a minute."""
-    config = ServerConfig("server", queries=6000 if moved_s else 200, target_qps=100)
+    config: ScenarioConfig = ServerConfig("server", queries=6000 if moved_s else 200, target_qps=100)
+    if in_single_stream:
+        config = SingleStreamConfig("single_stream", queries=600)
     code = f"""
 import os, threading, time
 from pathlib import Path
 from grbench.execution import clock
-from grbench.scenarios.config import ServerConfig
+from grbench.scenarios.config import ServerConfig, SingleStreamConfig
 from helpers.sleepy_engine import SleepyEngine, drive
+class Watched(SleepyEngine):
+    inside = 0
+    def rank(self, requests):
+        self.inside += 1
+        try:
+            return super().rank(requests)
+        finally:
+            self.inside -= 1
+engine = Watched({0.1 if in_single_stream else 0.001})
 real, begun = time.time, time.monotonic()
 time.time = lambda: real() + ({moved_s} if time.monotonic() > begun + 1 else 0)
 try:
-    drive({config!r}, SleepyEngine(), Path({str(tmp_path)!r}))
+    drive({config!r}, engine, Path({str(tmp_path)!r}))
 except clock.ClockMovedError as e:
     print("raised:", e, flush=True)
-    for thread in threading.enumerate():  # the engine is about to be closed
-        if thread.name == "batcher":
-            print("still in the engine")
+    if engine.inside or any(thread.name == "batcher" for thread in threading.enumerate()):
+        print("still in the engine")  # which is about to be closed
 os._exit(0)
 """
     done = run_program(code, tmp_path, timeout=40)
@@ -283,6 +295,45 @@ def test_a_batch_waits_for_company_only_as_long_as_allowed(wait_ms: float, expec
     batcher.close()
     assert max(map(len, engine.batches)) == expected
     assert sum(map(len, engine.batches)) == 4
+
+
+class ThreadedEngine(SleepyEngine):
+    """Engine that remembers the threads on which it answers, and how late their timed waits may end."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+        self.threads: set[str] = set()
+        self.slacks_ns: set[int] = set()
+
+    def rank(self, requests: Sequence[Request]) -> RankResult:
+        self.threads.add(threading.current_thread().name)
+        self.slacks_ns.add(ctypes.CDLL(None).prctl(PR_GET_TIMERSLACK, 0, 0, 0, 0))
+        return super().rank(requests)
+
+
+@pytest.mark.parametrize(
+    "config, answers",
+    [
+        (SCENARIOS[1], "batcher"),
+        (SCENARIOS[2], "loadgen"),
+        (SCENARIOS[3], "loadgen"),
+        (dataclasses.replace(SCENARIOS[3], max_batch=4), "loadgen"),
+        (dataclasses.replace(SCENARIOS[3], in_flight=2), "loadgen"),  # a query is one batch
+        (dataclasses.replace(SCENARIOS[3], max_batch=4, in_flight=2), "batcher"),
+        (SCENARIOS[5], "batcher"),
+    ],
+    ids=str,
+)
+def test_the_thread_that_waits_for_the_answers_gives_them(config: ScenarioConfig, answers: str, tmp_path: Path) -> None:
+    engine = ThreadedEngine()
+    drive(config, engine, tmp_path)
+    assert engine.threads == {answers}
+    assert engine.slacks_ns == {1}  # by default it is 50000
+
+
+def test_a_batch_of_the_callers_thread_waits_for_company_as_well(tmp_path: Path) -> None:
+    m = drive(SingleStreamConfig("single_stream", max_batch=2, max_wait_ms=5, queries=20), SleepyEngine(), tmp_path)
+    assert (m.samples["queue_ms"] >= 5).all() and (m.samples["batch_size"] == 1).all()
 
 
 @pytest.mark.parametrize("config", SCENARIOS, ids=lambda c: c.name)
