@@ -57,10 +57,8 @@ class Recovery:
             loop = asyncio.get_running_loop()
             self._trying = loop.run_in_executor(None, self._checked.rebuild if rebuild else self._checked.check)
             try:
-                costs = await asyncio.shield(self._trying)
+                self._back(await asyncio.shield(self._trying))
+                return
             except Exception as e:
                 self._still_out(e)
                 rebuild = True
-                continue
-            self._back(costs)
-            return

@@ -77,6 +77,7 @@ class Strategy:
         self._held: dict[int, Held] = {}  # by key of the ticket
         self._keys = itertools.count()
         self._loop = asyncio.get_running_loop()
+        self._releasing: asyncio.Task[None] | None = None  # of an engine that a thread did not leave in time
         self._known: OrderedDict[int, int] = OrderedDict()  # events of each user's last request
 
     # Life: it is let in, goes out when the engine fails, comes back, and is closed.
@@ -145,17 +146,26 @@ class Strategy:
         self._on_change(self, "still out")
 
     async def close(self, limit_s: float) -> None:
-        """Answer what is queued, within a limit, and release the engine unless a thread is still in it."""
+        """Answer what is queued, within a limit, and release the engine, later if a thread is still in it."""
         self.state = State.CLOSED
         self._recovery.stop()
         if waiting := [one.future for one in self._held.values()]:
             await asyncio.wait(waiting, timeout=limit_s)
         self._give_back(FailedError("out", f"strategy {self.name} is closed"))
-        is_free = await self._recovery.has_ended(STOP_S)
-        if self._batcher is not None:
-            is_free = await asyncio.to_thread(self._batcher.has_ended, STOP_S) and is_free
-        if self.checked.engine is not None and is_free:
+        if await self._is_free(STOP_S):
             await asyncio.to_thread(self.checked.close)
+        else:  # after a reload its memory is needed
+            self._releasing = self._loop.create_task(self._release_once_free())
+
+    async def _is_free(self, limit_s: float) -> bool:
+        """Wait until no thread is in the engine. Returns False after the limit."""
+        is_free = await self._recovery.has_ended(limit_s)
+        return self._batcher is None or (await asyncio.to_thread(self._batcher.has_ended, limit_s) and is_free)
+
+    async def _release_once_free(self) -> None:
+        while not await self._is_free(0.0):
+            await asyncio.sleep(STOP_S)
+        await asyncio.to_thread(self.checked.close)
 
     def _give_back(self, error: FailedError) -> None:
         """Stop the batcher, and fail what the strategy holds."""

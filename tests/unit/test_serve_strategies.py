@@ -17,7 +17,7 @@ import pytest
 
 from grbench.deployment import Deployment, Serves, Step
 from grbench.gate.form import Form
-from grbench.serve import recovery
+from grbench.serve import batches, recovery
 from grbench.serve import service as services
 from grbench.serve import strategy as strategies
 from grbench.serve.controller import Controller
@@ -263,6 +263,59 @@ def test_a_strategy_that_fails_while_it_closes_gives_its_requests_back() -> None
         await asyncio.sleep(0.05)
         await hanging.close(0.0)
         assert await asking == "out" and engine.closed
+
+    run(work)
+
+
+@pytest.mark.parametrize("busy", ["a batch", "a check"])
+def test_an_engine_that_is_busy_while_its_strategy_closes_is_released_later(
+    busy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(strategies, "STOP_S", 0.05)
+    free, begun = threading.Event(), threading.Event()
+
+    def before(requests: Sequence[Request]) -> None:
+        if bool(requests) is (busy == "a batch"):
+            begun.set()
+            free.wait()
+        elif requests:
+            raise RuntimeError("broken, so that it is checked")
+
+    async def work() -> None:
+        engine = Engine(before)
+        one = made(engine, limit_s=60.0)
+        asking = asyncio.create_task(outcome(one))
+        await asyncio.to_thread(begun.wait)
+        await one.close(0.0)
+        assert await asking in ("out", "raised") and not engine.closed
+        free.set()
+        while not engine.closed:
+            await asyncio.sleep(0.01)
+
+    run(work)
+
+
+def test_a_strategy_that_cannot_start_its_batcher_again_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "FIRST_PAUSE_S", 0.01)
+    start, failures = batches.start, [RuntimeError("can't start new thread")]
+
+    def starts(*given: Any) -> Any:
+        if one and failures:
+            raise failures.pop()
+        return start(*given)
+
+    one: list[Strategy] = []
+    monkeypatch.setattr(batches, "start", starts)
+
+    async def work() -> None:
+        one.append(made(Engine()))
+        one[0].checked.rebuild = lambda: Costs(0.001, {Kind(1): 0.001})  # type: ignore[method-assign]
+        one[0].take_out("raised", "for a test")
+        while one[0].state is State.OUT:
+            await asyncio.sleep(0.01)
+        assert not failures and await outcome(one[0]) == "answered"
+        await one[0].close(1.0)
 
     run(work)
 
