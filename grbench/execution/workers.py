@@ -163,7 +163,7 @@ class KeptWorker:
         self._worker, self._key = worker, (engine_key(spec), code)
 
     def close(self) -> None:
-        """Stop the idle worker."""
-        if self._worker is not None:
-            self._worker.stop(GRACE_S)
-            self._worker = None
+        """Stop the idle worker, once: a signal may end the wait for its engine."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.stop(GRACE_S)

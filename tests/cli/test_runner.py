@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,11 +29,11 @@ from rich.console import Console
 
 from grbench.cli import main
 from grbench.config.compose import compose_spec
-from grbench.execution import measure, records, runner
+from grbench.execution import measure, records, runner, workers
 from grbench.execution.clock import pace
 from grbench.execution.records import Outcome, RunRecord, Status
 from grbench.execution.session import CellProgress, progress_of
-from grbench.execution.workers import Event, Worker
+from grbench.execution.workers import Event, KeptWorker, Worker
 from grbench.gate.measured import MeasuredAnswers
 from grbench.report import rows
 from grbench.signals import Stopped
@@ -293,17 +294,39 @@ def test_a_signal_between_the_work_and_its_record_loses_neither(
 def test_a_signal_just_after_a_worker_has_started_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before its first message the launcher looks for the processes of servers, which takes a while."""
     spec, run = compose_spec(QUICK)
-    workers = []
+    started = []
 
     def stopped(worker: int, *given: object) -> None:
-        workers.append(worker)
+        started.append(worker)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "LoadWatch", stopped)
     with pytest.raises(runner.Interrupted) as interrupted:
         runner.run_cell(spec, run.runner, tmp_path / "cell")
     assert interrupted.value.record.status is Status.INTERRUPTED
-    [worker] = workers
+    [worker] = started
+    assert not psutil.pid_exists(worker)
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_a_signal_while_a_kept_engine_is_closed_ends_its_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session is closed once more then."""
+    monkeypatch.setattr(HSTUEngine, "close", lambda self: time.sleep(600))
+    monkeypatch.setattr(workers, "GRACE_S", 60.0)
+    spec, run = compose_spec(QUICK)
+    kept = KeptWorker()
+    record, _ = runner.run_cell(spec, run.runner, tmp_path / "cell", kept=kept)
+    assert record.ok, record.error
+    assert kept._worker is not None
+    worker = kept._worker.pid
+    late = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    late.start()
+    with pytest.raises(KeyboardInterrupt):
+        kept.close()
+    kept.close()
+    late.join()
     assert not psutil.pid_exists(worker)
 
 
