@@ -450,9 +450,3 @@ def pipe(chunks: Iterable[bytes]) -> IO[bytes]:
 
     threading.Thread(target=fill, daemon=True).start()
     return open(read, "rb", buffering=0)  # noqa: PTH123
-
-
-def one_line(error: BaseException) -> str:
-    """Return what an error says in one line, of which a long one keeps its end."""
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= 300 else f"... {line[-300:]}"

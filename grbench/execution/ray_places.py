@@ -40,12 +40,11 @@ from grbench.execution.places import (
     Place,
     cores_here,
     ended,
-    one_line,
     pipe,
     place_command,
     places_asked,
 )
-from grbench.execution.records import RECORD_FILE
+from grbench.execution.records import RECORD_FILE, one_line
 from grbench.signals import ENDING
 
 CONNECT_S = 10.0  # for the cluster to take a connection
@@ -189,7 +188,7 @@ class RayPart(Part):
                 f"no place has started on {self.host} within {START_S:g} s, which other work fills"
             ) from None
         except errors.RayError as e:
-            raise PartError(f"no place starts on {self.host}: {one_line(e)}") from None
+            raise PartError(f"no place starts on {self.host}: {one_line(e, keep_end=True)}") from None
         return found
 
     def start(self) -> Place:
@@ -245,7 +244,9 @@ def _joined() -> Any:
 
 
 def _nobody_at(address: str, error: Exception) -> ConfigError:
-    return ConfigError(f"runner.cluster=ray: no cluster answers at RAY_ADDRESS={address} ({one_line(error)}); {FIX}")
+    return ConfigError(
+        f"runner.cluster=ray: no cluster answers at RAY_ADDRESS={address} ({one_line(error, keep_end=True)}); {FIX}"
+    )
 
 
 def _counts(parallel: str, nodes: Sequence[dict[str, float]]) -> tuple[list[int], int]:
@@ -282,7 +283,7 @@ class _RayPlace(Place):
                 yield chunk
             self._why = self._ray.get(self._actor.how.remote())
         except self._ray.exceptions.RayError as e:
-            self._why = f"was lost ({one_line(e)})"
+            self._why = f"was lost ({one_line(e, keep_end=True)})"
 
     def _send(self, line: bytes) -> None:
         self._actor.send.remote(line)
@@ -310,7 +311,7 @@ class _RayPlace(Place):
         try:
             packed = self._ray.get(self._actor.pack.remote(str(folder)))
         except self._ray.exceptions.RayError as e:
-            raise PartError(f"{self._host} was lost before it sent the record ({one_line(e)})") from None
+            raise PartError(f"{self._host} was lost before it sent the record ({one_line(e, keep_end=True)})") from None
         with folders.unused(self.cells[0].folder) as here:
             here = unpacked(packed, here)
         self._actor.remove.remote(str(folder))

@@ -365,7 +365,12 @@ def finite(value: Any) -> Any:
     return value
 
 
-def one_line(error: BaseException, most: int = 200) -> str:
-    """Return an exception's message as one line of at most `most` characters, or its type's name."""
+def one_line(error: BaseException, most: int = 200, keep_end: bool = False) -> str:
+    """Return an exception's message as one line of at most `most` characters, or its type's name.
+
+    keep_end: of a longer one the end is kept, which of a traceback says what happened.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= most else text[: most - 3] + "..."
+    if len(text) <= most:
+        return text
+    return f"...{text[3 - most :]}" if keep_end else f"{text[: most - 3]}..."

@@ -22,7 +22,8 @@ from typing import Any
 from grbench.config.schema import ConfigError, RunnerConfig, SlurmConfig
 from grbench.execution.clock import SILENCE_S, at_most_every
 from grbench.execution.place import measure
-from grbench.execution.places import Part, PartError, Place, number_asked, one_line, pipe
+from grbench.execution.places import Part, PartError, Place, number_asked, pipe
+from grbench.execution.records import one_line
 from grbench.execution.workers import Event
 
 LOOK_S = 1.0  # between two looks at what a job says
@@ -98,7 +99,7 @@ def slurm_parts(runner: RunnerConfig, slurm: SlurmConfig, root: Path) -> list[Pa
     try:
         submitit.SlurmExecutor(root / FOLDER).update_parameters(**parameters)
     except (TypeError, ValueError) as e:
-        raise ConfigError(f"slurm: submitit refuses these options ({one_line(e)})") from None
+        raise ConfigError(f"slurm: submitit refuses these options ({one_line(e, keep_end=True)})") from None
     asked = {name: value for name, value in vars(slurm).items() if value and name != "time_min"}
     beside = 0 if slurm.exclusive else count - 1
     return [SlurmPart(submitit, asked, parameters, beside, root) for _ in range(count)]
@@ -145,7 +146,7 @@ class _SlurmPlace(Place):
             self._job = executor.submit(Job(line.decode(), self._messages))
         except self._part.submitit.core.utils.FailedJobError as e:
             self._given_up.set()
-            raise PartError(f"Slurm takes no job ({one_line(e)})") from None
+            raise PartError(f"Slurm takes no job ({one_line(e, keep_end=True)})") from None
         finally:
             self._submitted.set()
 

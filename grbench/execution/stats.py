@@ -38,29 +38,27 @@ class Summary:
     notes: list[str] = field(default_factory=list)
 
 
-def latency_summary(
-    latencies_ms: npt.ArrayLike, prefix: str = "latency_ms", arrivals_s: npt.ArrayLike | None = None
-) -> Summary:
-    """Return the mean and percentiles of `latencies_ms` ([samples], milliseconds): `<prefix>/mean`, `<prefix>/p50`, ...
+def latency_summary(latencies_ms: npt.ArrayLike, arrivals_s: npt.ArrayLike | None = None) -> Summary:
+    """Return the mean and percentiles of `latencies_ms` ([samples], milliseconds): `latency_ms/mean`, `latency_ms/p50`.
 
     arrivals_s: [samples] arrival times in seconds. Requests that arrive together count as one sample, and intervals go
-    by `independent_samples`, which is a metric of each percentile: `<prefix>/p99_worth`. None: the samples are
+    by `independent_samples`, which is a metric of each percentile: `latency_ms/p99_worth`. None: the samples are
     independent.
 
     p99 needs 1000 samples and p99.9 needs 10000. With fewer the percentile is left out, and a note says so.
     Each percentile has the interval of `percentile_interval`. The mean has none, because none holds for every
     distribution. Raises ValueError for no samples, or one that is negative or not finite.
     """
-    latencies = _checked(latencies_ms, prefix, lowest=0.0)
+    latencies = _checked(latencies_ms, "latency_ms", lowest=0.0)
     values, count = np.sort(latencies), len(latencies)
     groups = np.arange(count) if arrivals_s is None else np.unique(np.asarray(arrivals_s), return_inverse=True)[1]
     together = int(groups.max()) + 1
     present = f"there are {together}"
     if together < count:
         present += f" ({count} requests, and those that arrive together count once)"
-    summary = Summary(metrics={f"{prefix}/mean": float(values.mean())})
+    summary = Summary(metrics={"latency_ms/mean": float(values.mean())})
     for percent in PERCENTILES:
-        name = f"{prefix}/p{percent:g}"
+        name = f"latency_ms/p{percent:g}"
         needed = SAMPLES_NEEDED.get(percent, 1)
         if together < needed:
             summary.notes.append(f"{name} withheld: it needs {needed} samples, {present}")

@@ -57,9 +57,9 @@ class LeaveOneOut:
         """Return the item to predict for each user."""
         return self.events.items[self.bounds[users + 1] - part]
 
-    def pasts(self, users: Ints, part: int = TEST) -> list[Ints]:
-        """Return the items of each user before the one to predict, oldest first."""
-        return [self.events.items[self.bounds[u] : self.bounds[u + 1] - part] for u in users]
+    def pasts(self, users: Ints) -> list[Ints]:
+        """Return the items of each user before the last one, oldest first."""
+        return [self.events.items[self.bounds[u] : self.bounds[u + 1] - TEST] for u in users]
 
     def requests(self, users: Ints, max_history: int, part: int = TEST, stale_events: int = 0) -> list[Request]:
         """Return a request for each user at the time of the event to predict, without candidates.

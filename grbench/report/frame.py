@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 PERCENTILES = ["latency_ms/p50", "latency_ms/p90", "latency_ms/p99", "latency_ms/p99.9"]
 PARTS = list(records.PARTS)  # as pandas takes columns
-HITS = ["cache/device_hit_rate", "cache/host_hit_rate"]  # shares of requests; of cells with a user-state cache only
 METRICS = [
     "throughput_rps",
     "goodput_rps",

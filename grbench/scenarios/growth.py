@@ -37,9 +37,11 @@ class HopelessError(Exception):
     an answer of the engine. Returns whether it has ended, so that the process can measure another load.
     """
 
-    def __init__(self, message: str, left_s: float, finish: Callable[[float], bool] = lambda limit_s: False) -> None:
+    finish: Callable[[float], bool] = staticmethod(lambda limit_s: False)
+
+    def __init__(self, message: str, left_s: float) -> None:
         super().__init__(message)
-        self.left_s, self.finish = left_s, finish
+        self.left_s = left_s
 
 
 class Growth:

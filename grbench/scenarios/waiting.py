@@ -12,7 +12,6 @@ from grengines.api import CachingEngine, Engine, Request
 if TYPE_CHECKING:
     from grbench.scenarios.batcher import Ticket
 
-ORDERS = ("fifo", "length", "hit")
 MOST_PASSED = 4  # batches by which a request may begin later than in order of arrival
 
 Key = Callable[[Request], int]  # requests of similar keys go together

@@ -22,6 +22,7 @@ from grengines.api import Request
 
 EXPLORE = 64  # one request of this number goes to the second choice, so that its costs stay known
 MARGIN = 1.1  # on predictions
+WATCH_S = 0.1  # between two looks for batches that take too long
 FRESH_S = 1.0  # an idle strategy whose costs are older answers a request that seems too late, which measures them anew
 
 
@@ -259,10 +260,10 @@ def _oldest(request: Request, events: int) -> Request:
     return request.with_events(slice(0, events))
 
 
-async def watch_times(controllers: Sequence[Controller], every_s: float = 0.1) -> None:
+async def watch_times(controllers: Sequence[Controller]) -> None:
     """Look for batches that take too long, for ever. The sequence may change."""
     while True:
-        await asyncio.sleep(every_s)
+        await asyncio.sleep(WATCH_S)
         for controller in controllers:
             for strategy in controller.strategies:
                 strategy.check_time()

@@ -26,8 +26,8 @@ class LiveGate:
     Runs on the event loop, the reference on a thread.
     """
 
-    def __init__(self, share: float, load: float, metrics: Metrics, seed: int = 0) -> None:
-        self._share, self._load, self._metrics, self._random = share, load, metrics, random.Random(seed)
+    def __init__(self, share: float, load: float, metrics: Metrics) -> None:
+        self._share, self._load, self._metrics, self._random = share, load, metrics, random.Random(0)
         self._rests_until = 0.0  # time.perf_counter
         self._thread = ThreadPoolExecutor(1, "live gate")
         self._tasks: set[asyncio.Task[None]] = set()

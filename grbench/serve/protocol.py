@@ -95,9 +95,9 @@ def _parsed(body: bytes, end: int) -> Call:
         wanted = _object(output.get("parameters", {}), f"{key}.parameters")
         check_output(wanted, key)
         form = _flag(wanted, "binary_data", binary, f"{key}.parameters")
-        outputs[_text(output.get("name"), f"{key}.name")] = form
+        outputs[text_of(output.get("name"), f"{key}.name")] = form
     tensors = _tensors(_list(content.get("inputs"), "inputs"), memoryview(body)[end:])
-    return Call(tensors, _text(content.get("id", ""), "id"), parameters, outputs, binary)
+    return Call(tensors, text_of(content.get("id", ""), "id"), parameters, outputs, binary)
 
 
 class _Constant(str):
@@ -143,7 +143,7 @@ def _tensors(inputs: list[Any], rest: memoryview) -> dict[str, Tensor]:
         if (nbytes := _usual_size(one, len(rest))) and one["name"] not in tensors:
             tensors[one["name"]], rest = np.frombuffer(rest[:nbytes], DTYPES[one["datatype"]]), rest[nbytes:]
             continue
-        name = _text(_object(one, f"inputs[{number}]").get("name"), f"inputs[{number}].name")
+        name = text_of(_object(one, f"inputs[{number}]").get("name"), f"inputs[{number}].name")
         if name in tensors:
             raise invalid(f"inputs[{number}].name={name}: it is there twice")
         _check_fields(one, INPUT_FIELDS, name)
@@ -322,7 +322,8 @@ def _list(value: Any, key: str) -> list[Any]:
     return value
 
 
-def _text(value: Any, key: str) -> str:
+def text_of(value: Any, key: str) -> str:
+    """Return a name or an id of a client. Raises RefusedError for what is none, or a long one."""
     if not isinstance(value, str) or len(value) > MOST_NAME:
         allowed = f"a string of at most {MOST_NAME} characters"
         raise invalid(f"{key}: {'missing' if value is None else 'wrong'}; allowed is {allowed}")

@@ -33,8 +33,10 @@ from grbench.serve.protocol import (
     check_output,
     dtype_of,
     shape_of,
+    shown,
     tensor_of_bytes,
     tensor_of_list,
+    text_of,
 )
 from grbench.serve.service import Service
 
@@ -173,16 +175,17 @@ class Rpc:
         return json_format.ParseDict(content, self._classes[name]())
 
     async def _infer(self, request: Any, context: Any) -> Any:
-        with Counted(self._service, _metadata(context), request.id) as counted:
+        with Counted(self._service, _metadata(context), request.id[:128]) as counted:
             parameters = {name: _value(value) for name, value in request.parameters.items()}
+            ident = text_of(request.id, "id")
+            outputs = {text_of(output.name, f"outputs[{i}].name"): True for i, output in enumerate(request.outputs)}
             for part in (*request.inputs, *request.outputs):
-                check_output(part.parameters, part.name)
-            outputs = {output.name: True for output in request.outputs}
+                check_output(part.parameters, shown(part.name))
             large = request.ByteSize() > INLINE
             tensors = await asyncio.to_thread(_tensors, request) if large else _tensors(request)
             left_s = context.time_remaining()
             limit_s = math.inf if left_s is None else left_s
-            call = Call(tensors, request.id, parameters, outputs, True, limit_s, self._client_of(context))
+            call = Call(tensors, ident, parameters, outputs, True, limit_s, self._client_of(context))
             tensors, facts = await self._service.infer(call, request.model_name, request.model_version, counted.begun)
             counted.answered(facts)
             return self._response(request, tensors, facts)
@@ -210,7 +213,7 @@ def _tensors(request: Any) -> dict[str, Tensor]:
         raise invalid(f"raw_input_contents: {len(raws)} for {len(request.inputs)} inputs; allowed is one for each")
     tensors: dict[str, Tensor] = {}
     for i, one in enumerate(request.inputs):
-        if one.name in tensors:
+        if text_of(one.name, f"inputs[{i}].name") in tensors:
             raise invalid(f"inputs[{i}].name={one.name}: it is there twice")
         dtype = dtype_of(one.datatype, one.name)
         shape = shape_of(list(one.shape), one.name)

@@ -35,11 +35,9 @@ PRIOR_SHARE = 0.7  # of each option, until the first likelihood
 class Surrogate:
     """A `Proposer`. It takes the default first, then some that are unlike those before and those that failed."""
 
-    def __init__(
-        self, configurations: Sequence[Configuration], axes: Axes, seed: int = 0, startup: int = STARTUP
-    ) -> None:
-        """configurations: the default first. seed: decides between equally unlike ones. startup: how many these are."""
-        self._all, self._random, self._startup = list(configurations), random.Random(seed), startup
+    def __init__(self, configurations: Sequence[Configuration], axes: Axes, seed: int = 0) -> None:
+        """configurations: the default first. seed: decides between equally unlike ones."""
+        self._all, self._random = list(configurations), random.Random(seed)
         self._place = {configuration: i for i, configuration in enumerate(self._all)}
         self._open = dict.fromkeys(configurations)
         self._taken: set[int] = set()
@@ -69,7 +67,7 @@ class Surrogate:
                 return None
             open_, least = np.array(list(costs)), min(costs.values())
             known = len(self._scores) + len(self._failed)
-            early = known < min(self._startup, most_unlike) or len(self._scores) < 3
+            early = known < min(STARTUP, most_unlike) or len(self._scores) < 3
             choose = self._unlike if early else self._improvement
             worth = choose(open_) * self._running(open_) / (np.array(list(costs.values())) / least)
             alike = open_[worth > worth.max() - 1e-6] if choose == self._unlike else open_[[int(np.argmax(worth))]]

@@ -300,8 +300,9 @@ def test_other_models_and_versions_are_not_found(server: Serving) -> None:
 
 @pytest.mark.parametrize(
     "name, wrong, words",
-    [("USER_IDS", np.array([-5]), "USER_IDS[0]=-5"), ("TOKENS", np.zeros(2, np.int64), "TOKENS.shape=[2]")],
-)
+    [("USER_IDS", np.array([-5]), "USER_IDS[0]=-5"), ("TOKENS", np.zeros(2, np.int64), "TOKENS.shape=[2]"),
+     ("x" * 20_000, np.zeros(2, np.int64), ".name: wrong; allowed is a string of at most 1024 characters")],
+)  # fmt: skip
 def test_grpc_refuses_in_one_line(server: Serving, name: str, wrong: np.ndarray, words: str) -> None:
     tensors = {one["name"]: np.array(one["data"]) for one in base()} | {name: wrong}
     inputs = [tritongrpc.InferInput(n, list(t.shape), "INT64").set_data_from_numpy(t) for n, t in tensors.items()]

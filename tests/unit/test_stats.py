@@ -61,14 +61,14 @@ def test_interval_holds_the_percentile_and_exists_from_a_stated_count(samples: l
 
 
 def test_exact_on_a_small_array() -> None:
-    summary = stats.latency_summary([4.0, 1.0, 3.0, 2.0], prefix="queue_ms")
-    assert summary.metrics == {"queue_ms/mean": 2.5, "queue_ms/p50": 3.0, "queue_ms/p90": 4.0}
+    summary = stats.latency_summary([4.0, 1.0, 3.0, 2.0])
+    assert summary.metrics == {"latency_ms/mean": 2.5, "latency_ms/p50": 3.0, "latency_ms/p90": 4.0}
     assert summary.intervals == {}
     assert summary.notes == [
-        "queue_ms/p50 has no 95% interval: it needs 6 samples, there are 4",
-        "queue_ms/p90 has no 95% interval: it needs 36 samples, there are 4",
-        "queue_ms/p99 withheld: it needs 1000 samples, there are 4",
-        "queue_ms/p99.9 withheld: it needs 10000 samples, there are 4",
+        "latency_ms/p50 has no 95% interval: it needs 6 samples, there are 4",
+        "latency_ms/p90 has no 95% interval: it needs 36 samples, there are 4",
+        "latency_ms/p99 withheld: it needs 1000 samples, there are 4",
+        "latency_ms/p99.9 withheld: it needs 10000 samples, there are 4",
     ]
 
 
