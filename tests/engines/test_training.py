@@ -213,6 +213,33 @@ def test_a_generator_learns_what_can_be_learned_and_nothing_of_the_test(tmp_path
         assert np.array_equal(made[0].codes, made[1].codes)  # nor do the IDs know it
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        dataclasses.replace(TINY, position_bias=True, time_bias=16),
+        dataclasses.replace(TINY, variant="research"),
+        DecoderConfig(embedding_dim=16, heads=2, kv_heads=2, head_dim=8, mlp_dim=32, max_positions=64),
+    ],
+    ids=["timed", "research", "decoder"],
+)
+def test_the_rows_that_predict_read_nothing_later(model: Any) -> None:
+    """Of the item that a row predicts only the time is read, by HSTU alone. Equal times keep the events' order."""
+    events = ring(users=8, items=20, length=9)
+    events.timestamps[:] //= 3 * int(np.diff(events.timestamps).max())  # some are equal
+    task = task_of(config(model=model), events)
+    assert np.array_equal(task.items[:, :7], events.items.reshape(8, 9)[:, :7])  # the same for each model
+    tokens = torch.from_numpy(task.items[:, :7])
+    times = torch.from_numpy(events.timestamps.reshape(8, 9)[:, :8])
+    with torch.no_grad():
+        expected = task.network.hidden(tokens, times=times)
+        changed, later = tokens.clone(), times.clone()
+        changed[:, 4:] = (changed[:, 4:] + 7) % 20
+        later[:, 5:] += 100_000
+        found = task.network.hidden(changed, times=later)
+    torch.testing.assert_close(found[:, :4], expected[:, :4])
+    assert not torch.allclose(found[:, 4:], expected[:, 4:])
+
+
 def test_a_transformer_by_item_vectors_learns_too_and_engines_load_it(tmp_path: Path) -> None:
     decoder = DecoderConfig(embedding_dim=16, heads=2, kv_heads=2, head_dim=8, mlp_dim=32, max_positions=8)
     of = config(model=decoder, training={"epochs": 12, "dropout": 0.1})
