@@ -51,7 +51,6 @@ MODELS = {
 }
 TIMED = "model.position_bias=true model.time_bias=129 model.scaling_seqlen=50"
 RESEARCH = "model.variant=research model.scaling_seqlen=50 training.temperature=0.05"
-VARIED = "training.blanks=0.2 training.crop=0.5"
 NARROW, WIDE = "model.mlp_dim=128", "model.mlp_dim=256"
 
 
@@ -67,10 +66,11 @@ class Trial(NamedTuple):
 TRIALS = (
     Trial(50, "training.dropout=0.3", TIMED, NARROW),
     Trial(50, "training.dropout=0.5", TIMED, NARROW),
-    Trial(50, f"training.dropout=0.3 {VARIED}", TIMED, NARROW),
-    Trial(50, f"training.dropout=0.3 {VARIED}", RESEARCH, WIDE),
-    Trial(100, "training.dropout=0.3", TIMED, NARROW),
-    Trial(100, "training.dropout=0.3", RESEARCH, WIDE),
+    Trial(50, "training.dropout=0.2 training.rate=4e-3", TIMED, NARROW),
+    Trial(50, "training.dropout=0.2 training.rate=4e-3", RESEARCH, WIDE),
+    Trial(50, "training.dropout=0.1 training.rate=4e-3", TIMED, WIDE),
+    Trial(100, "training.dropout=0.2 training.rate=4e-3", RESEARCH, NARROW),
+    Trial(50, "training.dropout=0.3 training.rate=8e-3", TIMED, NARROW),
 )
 FIGURES = (f"hr{K}", f"ndcg{K}")
 

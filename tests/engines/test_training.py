@@ -223,7 +223,7 @@ def test_a_generator_learns_what_can_be_learned_and_nothing_of_the_test(tmp_path
     ids=["timed", "research", "decoder"],
 )
 def test_the_rows_that_predict_read_nothing_later(model: Any) -> None:
-    """Of the item that a row predicts only the time is read, by HSTU alone. Equal times keep the events' order."""
+    """HSTU alone reads the time of the item that a row predicts. Events of equal times keep their order."""
     events = ring(users=8, items=20, length=9)
     events.timestamps[:] //= 3 * int(np.diff(events.timestamps).max())  # some are equal
     task = task_of(config(model=model), events)
