@@ -368,9 +368,9 @@ def test_outliers_and_errors_are_those_of_the_numbers(files: tuple[Path, Path], 
     assert losses["layers.0.uvqk.weight"].spread > 20 > 2 > losses["layers.1.uvqk.weight"].spread
 
     model = build_model(dataclasses.replace(MODEL, weights=str(files[0])), CATALOGUE, 5, "cpu", torch.float32)
-    before = model.kernels, model.prunes_last_layer
+    before = model.kernels, model.computed
     usual = calibration.operands(model, REQUESTS)
-    assert usual.keys() == losses.keys() and (model.kernels, model.prunes_last_layer) == before
+    assert usual.keys() == losses.keys() and (model.kernels, model.computed) == before
     assert all(0.01 < loss.error < 0.04 and loss.spread >= 1 for loss in usual.values())
     with torch.inference_mode():
         model.layers[1].norm.weight[2] *= 300  # one number of each row

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grengines.api import Catalogue, Request
+from grengines.last_layer import LastLayer
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.model import HSTURanker, UserState
 from grengines.models.hstu.reference import zero_attention
@@ -334,7 +335,7 @@ def test_the_last_layer_attends_for_candidates_alone_and_keeps_every_key(form: s
         rows, places = (64, 12) if bucket else (tokens, candidates)
         logits = model(pack(requests, model.encoding, bucket=bucket).to(CPU))[:candidates]
         assert calls == [(rows, rows), (rows, rows), (places, rows)]
-        model.prunes_last_layer = False
+        model.computed = LastLayer.EVERY
         assert relative_error(logits.numpy(), full(model, requests)) < 1e-5
         assert calls[-1] == (tokens, tokens)
         return
@@ -346,7 +347,7 @@ def test_the_last_layer_attends_for_candidates_alone_and_keeps_every_key(form: s
     logits, extended = model.delta(pack(requests, model.encoding, cached=cached).to(CPU), state)
     assert calls == [(17, tokens), (17, tokens), (candidates, tokens)]
     assert extended is not None and [len(k) for k in extended.k] == [15] * 3
-    model.prunes_last_layer = False
+    model.computed = LastLayer.EVERY
     assert relative_error(logits.numpy(), full(model, requests)) < 1e-5
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from grengines.models.hstu.model import HSTULayer, HSTURanker
+from grengines.last_layer import LastLayer
+from grengines.models.hstu.model import HSTURanker
 from grengines.runtime.batch import JaggedBatch
 from grkernels.operators import Operators
 
@@ -20,7 +23,7 @@ class PagedRanker(nn.Module):
     def __init__(self, ranker: HSTURanker, kernels: Operators, tiles: int = 0) -> None:
         super().__init__()
         self.ranker, self._options = ranker, {"tiles": tiles} if tiles else {}
-        ranker.kernels = kernels
+        ranker.kernels, ranker.computed = kernels, LastLayer.READ
 
     def forward(
         self,
@@ -50,7 +53,8 @@ class PagedRanker(nn.Module):
         k_pages [layers, pages, page, H, dqk], v_pages [layers, pages, page, H, dv]. k_scales, v_scales fp32 [layers,
         pages, page, H]: of pages in 8 bits.
         """
-        ranker, config = self.ranker, self.ranker.config
+        ranker, scales = self.ranker, {"k_scales": k_scales, "v_scales": v_scales}
+        pages = {"k_pages": k_pages, "v_pages": v_pages, **{n: s for n, s in scales.items() if s is not None}}
         batch = JaggedBatch(
             token_rows=token_rows,
             actions=actions,
@@ -67,38 +71,12 @@ class PagedRanker(nn.Module):
             max_kv_len=columns.numel(),
             max_candidates=candidate_tiles.numel(),
         )
-        x = ranker.embed(batch)
-        keys, values = [], []
-        for i, layer in enumerate(ranker.layers):
-            assert isinstance(layer, HSTULayer)
-            last = i == len(ranker.layers) - 1
-            if last:
-                u, q, k, v = layer.project_rows(x, candidate_rows, ranker.kernels)
-                x = x[candidate_rows]
-            else:
-                u, q, k, v = layer.project(x, ranker.kernels)
-            keys.append(k)
-            values.append(v)
-            a = ranker.kernels.hstu_attention(
-                q,
-                k,
-                v,
-                q_offsets=candidate_offsets if last else offsets,
-                kv_offsets=offsets,
-                num_targets=num_targets,
-                max_q_len=(candidate_tiles if last else tiles).numel(),
-                max_kv_len=columns.numel(),
-                scaling_seqlen=config.scaling_seqlen,
-                alpha=ranker.alpha,
-                contextual_seq_len=config.contextual_seq_len,
-                max_attn_len=config.max_attn_len,
-                k_pages=k_pages[i],
-                v_pages=v_pages[i],
-                page_table=page_table,
-                paged_lengths=paged_lengths,
-                k_scales=None if k_scales is None else k_scales[i],
-                v_scales=None if v_scales is None else v_scales[i],
-                **self._options,
-            )
-            x = layer.combine(x, u, a, ranker.kernels)
-        return [ranker.score(x, batch), *keys, *values]
+        made: tuple[list[Tensor], list[Tensor]] = [], []
+
+        def keys(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            made[0].append(k)
+            made[1].append(v)
+            table = {"page_table": page_table, "paged_lengths": paged_lengths}
+            return k, v, {"kv_offsets": offsets, **{n: p[i] for n, p in pages.items()}, **table, **self._options}
+
+        return [ranker.score(ranker.encode(batch, keys), batch), *made[0], *made[1]]

@@ -47,6 +47,32 @@ def adapted(kernel: Callable[..., Tensor], **options: int) -> Callable[..., Tens
     return attend
 
 
+def as_kernel(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Give an operator of the signature below that of the family's variants, with its tiles and columns beside."""
+
+    def kernel(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_offsets: Tensor,
+        kv_offsets: Tensor,
+        num_targets: Tensor,
+        max_q_len: int,
+        max_kv_len: int,
+        scaling_seqlen: int,
+        alpha: float,
+        contextual_seq_len: int,
+        max_attn_len: int,
+        tiles: Tensor,
+        columns: Tensor,
+    ) -> Tensor:
+        where = (q_offsets, kv_offsets, num_targets, tiles, columns, max_kv_len)  # tiles have the shape of max_q_len
+        return attend(q, k, v, *where, alpha, scaling_seqlen, contextual_seq_len, max_attn_len)
+
+    return kernel
+
+
 _eager = adapted(eager)
 
 

@@ -53,7 +53,8 @@ def sources() -> list[Path]:
     """Return the files whose code makes an export or a package of the model, or becomes part of one."""
     engines, kernels = (Path(next(iter(package.__path__))) for package in (grengines, grkernels))
     folders = (engines / name for name in ("aoti", "export", "models/hstu", "runtime"))
-    return sorted([*kernels.rglob("*.py"), *(file for folder in folders for file in folder.glob("*.py"))])
+    ours = [engines / "last_layer.py", *(file for folder in folders for file in folder.glob("*.py"))]
+    return sorted([*kernels.rglob("*.py"), *ours])
 
 
 @functools.cache

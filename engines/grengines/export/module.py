@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from grengines.api import Request
-from grengines.export.attention import hstu_attention
+from grengines.export.attention import as_kernel, hstu_attention
+from grengines.last_layer import LastLayer
 from grengines.models.hstu.model import HSTULayer, HSTURanker
 from grengines.runtime.batch import Encoding, JaggedBatch
 from grkernels.operators import Operators
@@ -115,8 +117,6 @@ def separated(layer: HSTULayer) -> nn.ModuleList:
 class ExportedRanker(nn.Module):
     """A built HSTURanker without a cache, as a function of the tensors of INPUTS. Weights and maths are the same.
 
-    The last layer makes keys and values of every token, and all else of candidates alone: the head reads no other rows.
-
     attention: by default `grbench::hstu_attention`; another operator must have its signature. kernels: the other
     operators, by default eager PyTorch that every exporter can translate.
     """
@@ -128,8 +128,10 @@ class ExportedRanker(nn.Module):
         kernels: Operators | None = None,
     ) -> None:
         super().__init__()
-        self.ranker, self.attention = ranker, attention
-        ranker.kernels = kernels or Operators.eager().replace(token_embedding=token_embedding)
+        self.ranker = ranker
+        kernels = kernels or Operators.eager().replace(token_embedding=token_embedding)
+        ranker.kernels = kernels.replace(hstu_attention=as_kernel(attention))
+        ranker.computed = LastLayer.READ
         last = ranker.layers[-1]
         assert isinstance(last, HSTULayer)
         self.last_parts = separated(last)
@@ -157,8 +159,7 @@ class ExportedRanker(nn.Module):
         candidate_offsets int64 [B + 1]: as in JaggedBatch. offsets int64 [B + 1], num_targets int64 [B], tiles and
         columns: as in `hstu_attention`. candidate_tiles int64 [TC, RC]: as tiles, for the candidates of a sequence.
         """
-        ranker, config = self.ranker, self.ranker.config
-        longest = tiles.numel()
+        ranker, longest = self.ranker, tiles.numel()
         batch = JaggedBatch(
             token_rows=token_rows,
             actions=actions,
@@ -175,32 +176,12 @@ class ExportedRanker(nn.Module):
             max_kv_len=longest,
             max_candidates=candidate_tiles.numel(),
         )
-        x = ranker.embed(batch)
-        for i, layer in enumerate(ranker.layers):
-            assert isinstance(layer, HSTULayer)
-            last = i == len(ranker.layers) - 1
-            if last:
-                u, q, k, v = layer.project_rows(x, candidate_rows, ranker.kernels)
-                x = x[candidate_rows]
-            else:
-                u, q, k, v = layer.project(x, ranker.kernels)
-            a = self.attention(
-                q,
-                k,
-                v,
-                candidate_offsets if last else offsets,
-                offsets,
-                num_targets,
-                candidate_tiles if last else tiles,
-                columns,
-                longest,
-                ranker.alpha,
-                config.scaling_seqlen,
-                config.contextual_seq_len,
-                config.max_attn_len,
-            )
-            x = layer.combine(x, u, a, ranker.kernels)
-        return ranker.score(x, batch)
+        last = len(ranker.layers) - 1
+
+        def keys(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            return k, v, {"kv_offsets": offsets, "tiles": candidate_tiles if i == last else tiles, "columns": columns}
+
+        return ranker.score(ranker.encode(batch, keys), batch)
 
 
 def trace(module: ExportedRanker) -> ExportedProgram:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grengines.api import Request
+from grengines.last_layer import LastLayer
 from grengines.models.hstu.model import HSTURanker
 from grengines.models.hstu.weights import SCALES, is_product
 from grengines.numerics import relative_error
@@ -105,7 +106,7 @@ def _see(model: HSTURanker, requests: Sequence[Request], see: Callable[[str, Ten
 @contextmanager
 def _watched(model: HSTURanker, see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Show the operand of each product, by the name of its weight."""
-    kernels, pruned = model.kernels, model.prunes_last_layer
+    kernels, computed = model.kernels, model.computed
     gated = itertools.cycle(f"layers.{i}.out.weight" for i in range(len(model.layers)))
 
     def norm_gate(*args: Any, **options: Any) -> Tensor:
@@ -119,11 +120,11 @@ def _watched(model: HSTURanker, see: Callable[[str, Tensor], None]) -> Iterator[
     linears: dict[str, Any] = {f"layers.{i}.uvqk.weight": layer.uvqk for i, layer in enumerate(model.layers)}
     linears["head_hidden.weight"] = model.head_hidden
     handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
-    model.kernels, model.prunes_last_layer = kernels.replace(norm_gate=norm_gate), False
+    model.kernels, model.computed = kernels.replace(norm_gate=norm_gate), LastLayer.EVERY
     try:
         yield
     finally:
-        model.kernels, model.prunes_last_layer = kernels, pruned
+        model.kernels, model.computed = kernels, computed
         for handle in handles:
             handle.remove()
 

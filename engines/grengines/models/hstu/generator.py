@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from grengines.api import Request, Retrieval
 from grengines.cache.pool import PagePool
+from grengines.last_layer import LastLayer
 from grengines.models.hstu.config import HSTUConfig, not_read, one_level_only
 from grengines.models.hstu.head import FinalNorm
 from grengines.models.hstu.model import HSTULayer, allocate, initialise
@@ -157,11 +158,10 @@ class HSTUGenerator(nn.Module):
     layer's weights are the token table. max_positions counts tokens.
 
     A search reads the last token of each prompt alone. So the last layer computes u, q, attention and its output for
-    these only; it still makes keys and values of every token. With `prunes_last_layer` False it computes every row, as
-    the reference does.
+    these only; it still makes keys and values of every token. `computed` says so; the reference computes every row.
     """
 
-    prunes_last_layer = True
+    computed = LastLayer.READ
 
     not_used: ClassVar[tuple[str, ...]] = not_read("generate")
 
@@ -224,7 +224,7 @@ class HSTUGenerator(nn.Module):
 
     def prefill(self, prompts: Prompts, pool: PagePool | None = None) -> Tensor:
         """Encode the prompts as `full`, but return the last token of each, [B, E]."""
-        if not self.prunes_last_layer:
+        if self.computed is LastLayer.EVERY:
             return self.full(prompts, pool)[prompts.last_rows]
         return self._encode(prompts, pool, pruned=len(self.layers) - 1)
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,10 @@ class UserState:
     k: list[Tensor]  # [tokens, H, dqk], contiguous
     v: list[Tensor]  # [tokens, H, dv], contiguous
     offsets: Tensor  # int64 [B + 1]
+
+
+# Of a layer's number and new keys and values: those that attention takes, and its further arguments (kv_offsets, ...).
+Keys: TypeAlias = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, dict[str, Any]]]
 
 
 class HSTULayer(nn.Module):
@@ -176,11 +180,11 @@ class HSTURanker(nn.Module):
     head's last product is in fp32, so that logits have no rounding beyond that of the layers.
 
     The head reads candidates alone. So the last layer computes u, q, attention and its output for candidates only; it
-    still computes keys and values of every token, which other visits may need. With `prunes_last_layer` False it
-    computes every row, as the reference does.
+    still computes keys and values of every token, which other visits may need. `computed` says when: by default where
+    candidates are at most half of the rows. The reference computes every row.
     """
 
-    prunes_last_layer = True
+    computed = LastLayer.HALF
 
     not_used: ClassVar[tuple[str, ...]] = not_read("rank")
 
@@ -274,13 +278,20 @@ class HSTURanker(nn.Module):
 
     def forward(self, batch: JaggedBatch) -> Tensor:
         """Encode whole histories: returns logits fp32 [M, tasks] of the batch's candidates."""
-        candidates, _ = self._encode(batch, None, keep=False)
-        return self.score(candidates, batch)
+        if (projected := self.projected_attention) is not None:
+            return self.score(self._encode_projected(batch, projected), batch)
+        return self.score(self.encode(batch, lambda i, k, v: (k, v, {"kv_offsets": batch.kv_offsets})), batch)
 
     def prefill(self, batch: JaggedBatch) -> UserState:
         """Return the keys and values of every token of a batch that was packed without candidates."""
-        _, state = self._encode(batch, None, keep=True)
-        assert state is not None
+        state = UserState([], [], batch.kept_offsets)
+
+        def keys(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            state.k.append(k.contiguous())
+            state.v.append(v.contiguous())
+            return k, v, {"kv_offsets": batch.kv_offsets}
+
+        self.encode(batch, keys)
         return state
 
     def delta(self, batch: JaggedBatch, state: UserState, *, keep: bool = True) -> tuple[Tensor, UserState | None]:
@@ -289,8 +300,16 @@ class HSTURanker(nn.Module):
         Returns logits fp32 [M, tasks], and the state with the new events but without candidates, or None with
         keep=False.
         """
-        candidates, extended = self._encode(batch, state, keep)
-        return self.score(candidates, batch), extended
+        extended = UserState([], [], batch.kept_offsets) if keep else None
+
+        def keys(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            k, v = self._extend(state.k[i], k, batch), self._extend(state.v[i], v, batch)
+            if extended is not None:
+                extended.k.append(self._keep(k, batch))
+                extended.v.append(self._keep(v, batch))
+            return k, v, {"kv_offsets": batch.kv_offsets}
+
+        return self.score(self.encode(batch, keys), batch), extended
 
     def paged(
         self,
@@ -308,24 +327,18 @@ class HSTURanker(nn.Module):
         are in the pages already, and the batch has candidates only. read: some request has cached tokens; without it
         attention reads no pages. onload: copies from the host that are still running.
         """
-        x = self.embed(batch)
         lengths = places.paged_lengths if write else places.stored_lengths
         table = {"page_table": places.page_table, "paged_lengths": lengths}
-        pruned = self._pruned_layer(batch)
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, HSTULayer)
-            u, q, k, v = self._project(layer, x, batch, i == pruned)
+
+        def keys(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
             if onload is not None:
                 onload.layer(i)
             if write:
                 self.kernels.paged_write(k, v, places.slots, **pool.layer(i))
-            if i == pruned and not batch.max_candidates:
-                return self.score(x[:0], batch)
             pages = pool.layer(i) | table if read else {}
-            # The keys outside the pages are those of this batch.
-            a = self._attend(layer, q, k, v, batch, i == pruned, kv_offsets=batch.q_offsets, **pages)
-            x = layer.combine(x[batch.candidate_rows] if i == pruned else x, u, a, self.kernels)
-        return self.score(x if pruned >= 0 else x[batch.candidate_rows], batch)
+            return k, v, {"kv_offsets": batch.q_offsets, **pages}  # keys outside the pages are those of this batch
+
+        return self.score(self.encode(batch, keys), batch)
 
     @property
     def projected_attention(self) -> Projected | None:
@@ -333,41 +346,25 @@ class HSTURanker(nn.Module):
         own = self.masks is None and self.config.choices.silu == "u" and self.config.embedding_dim % STEP == 0
         return self.kernels.projected_attention if own else None
 
-    def _pruned_layer(self, batch: JaggedBatch) -> int:
-        """Return the layer that computes candidates alone: the last, or -1 where nearly all rows are candidates.
-
-        There the gathers and the separate products would cost more than the few rows that they save.
-        """
-        worthwhile = LastLayer.HALF.skips(batch.token_rows.shape[0], batch.candidate_rows.shape[0])
-        return len(self.layers) - 1 if self.prunes_last_layer and worthwhile else -1
-
-    def _project(self, layer: HSTULayer, x: Tensor, batch: JaggedBatch, pruned: bool) -> tuple[Tensor, ...]:
-        return layer.project_rows(x, batch.candidate_rows, self.kernels) if pruned else layer.project(x, self.kernels)
-
-    def _encode(self, batch: JaggedBatch, state: UserState | None, keep: bool) -> tuple[Tensor, UserState | None]:
-        """Return the candidates' rows [M, E] after the last layer, and the state with keep=True."""
-        kernels = self.kernels
-        x = self.embed(batch)
-        kept = UserState([], [], batch.kept_offsets) if keep else None
-        pruned = self._pruned_layer(batch)
-        if state is None and not keep and (projected := self.projected_attention) is not None:
-            return self._encode_projected(x, batch, pruned, projected), None
+    def encode(self, batch: JaggedBatch, keys: Keys) -> Tensor:
+        """Return the candidates' rows [M, E] after the last layer."""
+        x, pruned = self.embed(batch), self._pruned_layer(batch)
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, HSTULayer)
-            u, q, k, v = self._project(layer, x, batch, i == pruned)
-            if state is not None:
-                k, v = self._extend(state.k[i], k, batch), self._extend(state.v[i], v, batch)
-            if kept is not None:
-                kept.k.append(k.contiguous() if state is None else self._keep(k, batch))
-                kept.v.append(v.contiguous() if state is None else self._keep(v, batch))
+            if i == pruned:
+                u, q, k, v = layer.project_rows(x, batch.candidate_rows, self.kernels)
+            else:
+                u, q, k, v = layer.project(x, self.kernels)
+            k, v, options = keys(i, k, v)
             if i == pruned and not batch.max_candidates:
-                return x[:0], kept
-            a = self._attend(layer, q, k, v, batch, i == pruned, kv_offsets=batch.kv_offsets)
-            x = layer.combine(x[batch.candidate_rows] if i == pruned else x, u, a, kernels)
-        return x if pruned >= 0 else x[batch.candidate_rows], kept
+                return x[:0]
+            a = self._attend(layer, q, k, v, batch, i == pruned, **options)
+            x = layer.combine(x[batch.candidate_rows] if i == pruned else x, u, a, self.kernels)
+        return x if pruned >= 0 else x[batch.candidate_rows]
 
-    def _encode_projected(self, x: Tensor, batch: JaggedBatch, pruned: int, projected: Projected) -> Tensor:
-        """Return the candidates' rows [M, E] after the last layer, without a q, k or v in the model's dtype."""
+    def _encode_projected(self, batch: JaggedBatch, projected: Projected) -> Tensor:
+        """Do as `encode` for whole histories, without a q, k or v in the model's dtype."""
+        x, pruned = self.embed(batch), self._pruned_layer(batch)
         blocks = projected.blocks_of(batch.q_offsets, x.shape[0])
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, HSTULayer)
@@ -379,17 +376,25 @@ class HSTURanker(nn.Module):
             x = layer.combine(x if rows is None else x[rows], u, a, self.kernels)
         return x if pruned >= 0 else x[batch.candidate_rows]
 
+    def _pruned_layer(self, batch: JaggedBatch) -> int:
+        """Return the layer that computes candidates alone: the last, or -1.
+
+        Where nearly all rows are candidates, the gathers and the separate products cost more than the rows they save.
+        """
+        prunes = self.computed.skips(batch.token_rows.shape[0], batch.candidate_rows.shape[0])
+        return len(self.layers) - 1 if prunes else -1
+
     def _attend(
-        self, layer: HSTULayer, q: Tensor, k: Tensor, v: Tensor, batch: JaggedBatch, pruned: bool, **keys: Any
+        self, layer: HSTULayer, q: Tensor, k: Tensor, v: Tensor, batch: JaggedBatch, pruned: bool, **options: Any
     ) -> Tensor:
         """Compute the attention of one layer.
 
-        pruned: q has the candidates, which are the last rows of each sequence. keys: kv_offsets and, for keys in pages,
-        the page arguments.
+        pruned: q has the candidates, which are the last rows of each sequence. options: kv_offsets and, for keys in
+        pages, the page arguments.
         """
         if self.masks is not None:
-            keys["extras"] = self._extras(layer, self.masks, batch, pruned)
-        attended: Tensor = self.kernels.hstu_attention(q, k, v, **self._attended(batch, pruned), **keys)
+            options["extras"] = self._extras(layer, self.masks, batch, pruned)
+        attended: Tensor = self.kernels.hstu_attention(q, k, v, **self._attended(batch, pruned), **options)
         return attended
 
     def _attended(self, batch: JaggedBatch, pruned: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grengines.api import Catalogue, Float32Array, Request, Retrieval
+from grengines.last_layer import LastLayer
 from grengines.models.hstu import beam, quantised
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import HSTUGenerator
@@ -50,7 +51,7 @@ class RankingReference:
 
     def __init__(self, model: HSTUConfig, catalogue: Catalogue, seed: int, device: torch.device | str) -> None:
         self._model = build_model(model, catalogue, seed, "cpu", torch.float32, host_table=True)
-        self._model.prunes_last_layer = False
+        self._model.computed = LastLayer.EVERY
         self._device = torch.device(device)
         self._table = self._model.token_table.data
         tower = self._model.tower_table
@@ -111,7 +112,7 @@ class HSTUReference(GenerationReference[HSTUGenerator]):
             dtype=torch.float32,
             weights=retrieval.weights,
         )
-        self._exact.prunes_last_layer = False
+        self._exact.computed = LastLayer.EVERY
 
     def _prompt(self, request: Request) -> np.ndarray:
         return self._exact.prompt_of(self._retrieval, request)
