@@ -97,6 +97,7 @@ class Place(ABC):
         self.cells: deque[Cell] = deque()
         self._pending = b""
         self._runs = False  # it has said something: its handlers are there
+        self._began: float | None = None  # monotonic seconds of the first word on the cell that is measured
 
     def give(self, cells: deque[Cell]) -> None:
         """Give it cells, to measure one after another. Raises PartError."""
@@ -137,6 +138,7 @@ class Place(ABC):
         if "failed" in event:
             return self._lost(Outcome(Status.ERROR, event["failed"]))
         if "done" not in event:
+            self._began = self._began or time.monotonic()
             self.cells[0].on_event(event)
             return None
         if event["signal"]:
@@ -151,11 +153,14 @@ class Place(ABC):
             how = f"{signal.Signals(event['signal']).name} ended the process that measured it{self._where()}"
             record.status, record.error = Status.KILLED, f"{how}; run it again"
             records.save(record, folder)
+        self._began = None
         return self.cells.popleft(), folder, record
 
     def _lost(self, outcome: Outcome) -> tuple[Cell, Path, RunRecord]:
-        cell = self.cells.popleft()
-        return cell, *lost(cell.spec, cell.folder, cell.sweep_id, cell.overrides, outcome, self.part.machine)
+        cell, ran_s = self.cells.popleft(), time.monotonic() - self._began if self._began is not None else 0.0
+        self._began = None
+        known = (cell.spec, cell.folder, cell.sweep_id, cell.overrides)
+        return cell, *lost(*known, outcome, self.part.machine, ran_s)
 
     def signal(self, number: int) -> None:
         """Send it a signal: while it starts, one that ends it without a word."""

@@ -184,12 +184,19 @@ class _Work:
 
 
 def lost(
-    spec: RunSpec, folder: Path, sweep_id: str | None, overrides: list[str], outcome: Outcome, facts: dict[str, Any]
+    spec: RunSpec,
+    folder: Path,
+    sweep_id: str | None,
+    overrides: list[str],
+    outcome: Outcome,
+    facts: dict[str, Any],
+    ran_s: float,
 ) -> tuple[Path, RunRecord]:
     """Keep the record of a cell whose process ended without one. Returns its folder and the record.
 
-    facts: fields of the environment of that process that are not as here.
+    facts: fields of the environment of that process that are not as here. ran_s: seconds that the cell ran until now.
     """
+    started = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=ran_s)
     with folders.unused(folder) as folder, held():
         record = _record(
             spec,
@@ -197,8 +204,8 @@ def lost(
             None,
             facts,
             spec_hash=spec.hash,
-            started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            duration_s=0.0,
+            started_at=started.isoformat(timespec="seconds"),
+            duration_s=round(ran_s, 3),
             files=spec.file_contents(),
             sweep_id=sweep_id,
             overrides=overrides,

@@ -79,24 +79,25 @@ def stale(folder: Path) -> str | None:
 
 
 def keep(source: Path, folder: Path) -> None:
-    """Replace a report's records by those under `source`. Raises ReportError before anything is removed."""
+    """Replace a report's records by those under `source`. Raises ReportError or OSError before anything is removed."""
     _notes(folder)
     cells, tables, _ = _read(source)
     samples = [path / SAMPLES_FILE for path, _ in cells if has_samples(path)]
     small = sum(file.stat().st_size for file in samples) <= SMALL
-    shutil.rmtree(folder / RECORDS, ignore_errors=True)
-    for (path, _), label in zip(cells, labels([record for _, record in cells]), strict=True):
-        target = folder / RECORDS / re.sub(r"[^\w=.,-]+", "_", label)
-        target.mkdir(parents=True)
-        shutil.copy(path / RECORD_FILE, target)
-        if small and has_samples(path):
-            shutil.copy(path / SAMPLES_FILE, target)
-        if (path / RESAMPLES_FILE).is_file():
-            shutil.copy(path / RESAMPLES_FILE, target)
-    for path, _ in tables:
-        target = folder / RECORDS / ("_".join(path.parent.relative_to(source).parts) or folder.name)
-        target.mkdir(parents=True)
-        shutil.copy(path, target)
+    wanted = {RECORD_FILE, RESAMPLES_FILE, *([SAMPLES_FILE] if small else [])}
+    with atomic_io.scratch(folder / RECORDS) as made:
+        for (path, _), label in zip(cells, labels([record for _, record in cells]), strict=True):
+            target = made / re.sub(r"[^\w=.,-]+", "_", label)
+            target.mkdir()
+            for name in wanted:
+                if (path / name).is_file():
+                    shutil.copy(path / name, target)
+        for path, _ in tables:
+            target = made / ("_".join(path.parent.relative_to(source).parts) or folder.name)
+            target.mkdir()
+            shutil.copy(path, target)
+        atomic_io.discard(folder / RECORDS)
+        atomic_io.publish(made, folder / RECORDS)
 
 
 def folders(root: Path) -> Iterator[Path]:

@@ -6,9 +6,8 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from grbench import __version__
+from grbench.execution.stats import percentile
 from grbench.serve.controller import Controller
 from grbench.serve.requests import metadata
 from grkernels import tuning
@@ -74,7 +73,7 @@ def model_statistics(service: Service, model: str, version: str) -> dict[str, An
 def status(service: Service) -> dict[str, Any]:
     """Return what the page shows."""
     present, figures, deployment = service.present, service.figures, service.deployment
-    newest = np.array(figures.newest_ms or [0.0])
+    newest = figures.newest_ms or [0.0]
     return {
         "version": __version__,
         "model": service.model,
@@ -88,7 +87,7 @@ def status(service: Service) -> dict[str, Any]:
         "failed": figures.failed,
         "shed": figures.shed,
         "pending": present.controller.pending if present else 0,
-        "latency_ms": {f"p{q:g}": round(float(np.percentile(newest, q)), 3) for q in (50, 90, 99)},
+        "latency_ms": {f"p{q:g}": round(percentile(newest, q), 3) for q in (50, 90, 99)},
         "latency_of": len(figures.newest_ms),
         "hits": figures.hits,
         "users": len(present.states) if present else 0,

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def test_cells_run_beside_each_other_and_every_end_of_one_is_a_record(tmp_path: 
     """One of three cells ends well, one loses its place, one is stopped with the command. All processes are forks."""
     words = ["-m", *QUICK, "scenario.queries=64,100000000,200000000", "runner.parallel=2"]
     errors = tmp_path / "err.txt"
+    begun = time.monotonic()
     with two_cores():
         command = fork_command(tmp_path, *words, forked_places=True)
     try:
@@ -48,6 +50,7 @@ def test_cells_run_beside_each_other_and_every_end_of_one_is_a_record(tmp_path: 
         on_core[other].kill()
         until(lambda: 100000000 in found(tmp_path), command)
         lost = found(tmp_path)[100000000]
+        assert 0 < lost.duration_s < time.monotonic() - begun
         assert lost.status is Status.KILLED
         assert lost.error is not None
         assert f"on cores {other} to {other} ended by SIGKILL; run it again" in lost.error

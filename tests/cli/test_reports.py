@@ -134,6 +134,13 @@ def test_records_are_kept_under_the_names_of_their_cells(report: Path, tmp_path:
     assert len(samples) == (6 if size == 1000 else 0)  # small ones are kept, large ones are not
 
 
+def test_records_of_the_report_itself_are_kept(report: Path) -> None:
+    before = {path.relative_to(report): path.read_bytes() for path in report.rglob("records/*/*")}
+    keep(report / "records", report)
+    assert before and {path.relative_to(report): path.read_bytes() for path in report.rglob("records/*/*")} == before
+    assert not list(report.glob(".records*"))
+
+
 def origin_of(report: Path) -> dict[str, Any]:
     return {"environment": json.loads(min(report.rglob(RECORD_FILE)).read_text())["environment"]}
 
