@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -63,7 +64,8 @@ def main(words: Sequence[str]) -> int:
     with bound(config.host, config.port, "port") as listener:
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(serve(deployment, file, config, Log(), listener, load))
+                if not runner.run(serve(deployment, file, config, Log(), listener, load)):
+                    os._exit(0)  # a thread is in an engine, which may compile for minutes
         except RuntimeError as e:
             raise CommandError(e, 1) from None
         except ValueError as e:  # the workload's data, or a file that does not belong to it

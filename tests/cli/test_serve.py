@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from grbench.execution.records import Status
 from grbench.report.frame import read_cells
 from grengines import registry
 from grengines.api import Catalogue, Setup, UnavailableError
+from grengines.hstu.engine import HSTUEngine
 from grengines.remote.client import Client, ServerError
 from grengines.remote.config import RemoteConfig
 from grengines.remote.engine import RemoteRanker
@@ -666,6 +668,20 @@ def test_signals_reload_and_end_it(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGTERM)
         until("ended")
         assert process.wait(60) == 0
+
+
+def test_a_signal_ends_a_server_whose_engine_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine may compile for minutes, on a thread that nothing can end."""
+    monkeypatch.setattr(HSTUEngine, "prepare", lambda *given: time.sleep(600))
+    process = fork_command(tmp_path, "serve", *TINY, "engine=hstu", "serve.port=0", "serve.grpc_port=null")
+    try:
+        lines = printed_lines(tmp_path / "err.txt", process)
+        assert any(json.loads(line)["event"] == "starting" for line in lines)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert [json.loads(line)["event"] for line in lines] == ["draining", "ended"]
+    finally:
+        process.kill()
 
 
 def test_a_reload_times_no_kernels_beside_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
