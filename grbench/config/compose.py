@@ -411,6 +411,8 @@ def explain(error: BaseException) -> str:
     if isinstance(cause, MissingConfigException) and cause.options:
         group, _, name = str(cause.missing_cfg_file).rpartition("/")
         return f"{group}={name}: no such option; {nearest(name, cause.options)}allowed: {', '.join(cause.options)}"
+    if absent := re.match(r"Could not override '([^']+)'\. No match in the defaults list", text):
+        return f"{absent[1]}: this command has no such group of options; leave it out, or see --help"
     if ambiguous := re.match(r"Ambiguous value for argument '([^=]+)=(.*?)' 1\.", text):
         key, values = ambiguous.groups()
         of_list = f", and a key that takes a list has '{key}=[{values}]'" if "." in key else ""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from grbench.config import command
 from grbench.config.compose import prepare_hydra
 from grbench.config.jobs import Invocation, Job, Session
+from grbench.config.schema import ConfigError
 from grbench.config.unread import unread
 from grbench.execution.files import require_files
 from grbench.execution.ranks import require_gpus, to_spec_here
@@ -33,5 +34,7 @@ def main(words: Sequence[str], require: Callable[[Sequence[Job]], None] = lambda
 
         return CellSession(first.config[1], invocation, gpus=gpus)
 
+    if len(forms := [word for word in dict.fromkeys(words) if word in FORMS]) > 1:
+        raise ConfigError(f"{' '.join(forms)}: only one of them at a time; leave the others out")
     words = [FORMS.get(word, word) for word in words]
     return command.run("grbench", words, "config", prepare_hydra, to_spec_here, session, require_all, unread)

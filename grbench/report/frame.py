@@ -42,6 +42,8 @@ def read_cells(roots: Sequence[Path]) -> list[Cell]:
     """
     found: dict[tuple[str, str, float], Cell] = {}
     for root in roots:
+        if root.is_file():
+            raise ReportError(f"{root}: it is a file; give the folder of a record, or one above it")
         if not root.is_dir():
             raise ReportError(
                 f"{root}: no such folder; check the path, or make one: `python -m grbench runner.output_root={root}`"

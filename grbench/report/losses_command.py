@@ -37,12 +37,12 @@ def main(words: Sequence[str]) -> int:
         deployment = deployments.load(args.file)
         if not deployment.degrade:
             raise ConfigError(f"{args.file}: degrade: no step; write the steps first, without their losses")
-        specs = deployment.specs(args.file)
+        specs, cells = deployment.specs(args.file), read_cells([args.records])
         for key, precision in automatic(specs.values()).items():
             here = f"{key}=auto is {precision} on this machine; name the precision where another one serves"
             print(f"grbench losses: {here}", file=sys.stderr)
         options = {name: options_of_spec(spec) for name, spec in specs.items()}
-        deployment.degrade = with_losses(deployment, options, read_cells([args.records]), args.records)
+        deployment.degrade = with_losses(deployment, options, cells, args.records)
         deployments.save(deployment, args.file)
     except ConfigError as e:
         raise CommandError(e if str(e).startswith(str(args.file)) else f"{args.file}: {e}") from e

@@ -35,7 +35,9 @@ def main(words: Sequence[str]) -> int:
     kept = {folder.name: folder for folder in studies.folders(args.root)}
     if not args.keep and (unknown := [name for name in args.names if not (args.root / name).is_dir()]):
         near = nearest(unknown[0], kept)
-        raise CommandError(f"{unknown[0]}: no such report; {near}reports of {args.root}: {', '.join(kept) or 'none'}")
+        if not kept:
+            raise CommandError(f"--root {args.root}: no report there; give the folder that holds them")
+        raise CommandError(f"{unknown[0]}: no such report; {near}reports of {args.root}: {', '.join(kept)}")
     chosen = [args.root / name for name in args.names] or list(kept.values())
     try:
         if args.keep:

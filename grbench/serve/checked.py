@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -20,6 +21,10 @@ from grengines.api import CachingEngine, Request, Retrieval
 WARM_UP = 512  # requests of the workload that costs are measured with
 
 
+class UnwantedError(Exception):
+    """The engine is not wanted any more."""
+
+
 class CheckedEngine:
     """An engine behind its gate. Every method takes seconds, so a thread calls it."""
 
@@ -31,6 +36,7 @@ class CheckedEngine:
         self.start_s: dict[str, float] = {}  # seconds of the parts of `build`
         self._trace, self._retrieval = trace, retrieval
         self._gate: Gate | None = None
+        self.unwanted = threading.Event()  # the server ends: `build` stops after the part that it is in
 
     @property
     def device(self) -> str:
@@ -59,17 +65,20 @@ class CheckedEngine:
         return sample(self._trace.requests, 2, self.spec.seed)[0]
 
     def build(self) -> Costs:
-        """Make the engine, check it, warm it up and measure its costs. Raises what fails."""
+        """Make the engine, check it, warm it up and measure its costs. Raises what fails, and UnwantedError."""
         spec, trace, times = self.spec, self._trace, [time.perf_counter()]
         engine: Any = engines.build(spec, trace.catalogue, self._retrieval)
         times.append(time.perf_counter())
         try:
+            self._go_on()
             engine.prepare(trace.requests.some(engines.MOST_PREPARED), spec.scenario.max_batch)
             times.append(time.perf_counter())
+            self._go_on()
             self.actual = engine.actual()
             if self._gate is None:
                 self._gate = gate_for(spec, trace, self._retrieval, self.actual, keeps=False)
             times.append(time.perf_counter())
+            self._go_on()
             self.gate_figures = self._gate.check(engine, spec.scenario.max_batch).to_dict()
             times.append(time.perf_counter())
             costs = self._measure(engine)
@@ -82,11 +91,16 @@ class CheckedEngine:
         self.start_s = took | getattr(engine, "start_s", {})  # parts of `prepare`, where the engine reports them
         return costs
 
+    def _go_on(self) -> None:
+        if self.unwanted.is_set():
+            raise UnwantedError
+
     def _measure(self, engine: Any) -> Costs:
         """Warm up and measure costs with requests of the workload."""
         answer = getattr(engine, self.spec.task)
 
         def seconds(requests: Sequence[Request]) -> float:
+            self._go_on()
             engine.reset_cache()
             begun = time.perf_counter()
             answer(requests)
@@ -94,6 +108,7 @@ class CheckedEngine:
 
         requests, size = self._trace.requests[:WARM_UP], self.spec.scenario.max_batch
         for i in range(self.spec.warmup_batches):
+            self._go_on()
             first = i * size % len(requests)
             answer(requests[first : first + max(size >> i % 3, 1)])
         costs = Costs.measured(requests, size, seconds)

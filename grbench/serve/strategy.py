@@ -84,7 +84,11 @@ class Strategy:
 
     async def start(self) -> None:
         """Build, check, warm up and let in. Raises what fails."""
-        self._let_in(await asyncio.to_thread(self.checked.build))
+        try:
+            self._let_in(await asyncio.to_thread(self.checked.build))
+        except asyncio.CancelledError:
+            self.checked.unwanted.set()  # its thread goes on, and the process would wait for it
+            raise
 
     def _let_in(self, costs: Costs | None) -> None:
         """Start a batcher and take requests. costs: measured anew; None: as before."""

@@ -11,8 +11,7 @@ from pathlib import Path
 from grbench import workloads
 from grbench.config.arguments import Arguments, CommandError
 from grbench.config.schema import RunSpec
-from grbench.execution.folders import require_writable
-from grbench.tools.ranking_model import OVERRIDES, add_catalogue_flags, compose_ranking
+from grbench.tools.ranking_model import OVERRIDES, add_catalogue_flags, compose_ranking, require_folder
 from grengines.api import Catalogue, Request, UnavailableError
 from grengines.tensorrt.config import PRECISIONS
 
@@ -52,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str]) -> int:
     """Run the command. Exit codes: 0 built, 2 the input cannot be used, 3 the library is missing or refuses."""
     args = parser().parse_intermixed_args(words)
-    require_writable(args.out.parent, f"--out {args.out}", "give")
+    require_folder(args.out)
     try:
         build(args, *compose_ranking(args))
     except UnavailableError as e:
@@ -75,8 +74,9 @@ def build(args: argparse.Namespace, spec: RunSpec, catalogue: Catalogue) -> None
             raise ValueError(f"--{name} {value}: allowed is >= 1")
     if (args.history is None) != (args.candidates is None):
         raise ValueError("--history and --candidates: give both, or none to build for the requests of the workload")
-    model = spec.ranking_model
-    library, encoding = find(args.library), Encoding.of(model, catalogue)
+    model, library = spec.ranking_model, find(args.library)
+    plans.require_target(library, args.target)
+    encoding = Encoding.of(model, catalogue)
     requests: Sequence[Request] = []
     if args.history is None:
         requests = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms).requests

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grbench.config.arguments import Arguments, CommandError
-from grbench.execution.folders import require_writable
-from grbench.tools.ranking_model import OVERRIDES, add_catalogue_flags, compose_ranking
+from grbench.tools.ranking_model import OVERRIDES, add_catalogue_flags, compose_ranking, require_folder
 from grengines.api import UnavailableError
 
 
@@ -32,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str]) -> int:
     """Run the command. Exit codes: 0 exported and checked, 1 the check failed, 2 the input cannot be used."""
     args = parser().parse_intermixed_args(words)
-    require_writable(args.out.parent, f"--out {args.out}", "give")
+    require_folder(args.out)
     spec, catalogue = compose_ranking(args)
     model = spec.ranking_model
     from grengines.export import exporter

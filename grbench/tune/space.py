@@ -66,6 +66,7 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
     known: set[str] = set()  # options that some combination has
     taken: set[tuple[str, str]] = set()  # options with a value that some combination takes
     refused: dict[tuple[str, str], str] = {}  # why a combination does not
+    held_by: set[tuple[str, str]] = set()  # those that are in range in some configuration
     read: set[str] = set()  # fixed overrides and options that some configuration reads
     idle: dict[str, str] = {}  # those that one does not read, with the line that refuses them
     found: dict[Configuration, tuple[RunSpec, RunConfig]] = {}
@@ -94,7 +95,9 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
         for configuration, changed in _with_options(combination, mine, run):
             if problem := next(violations(changed), None):
                 left_out[problem] += 1
+                refused |= {pair: problem for pair in configuration.values if problem.startswith(f"{pair[0]}=")}
                 continue
+            held_by |= set(configuration.values)
             try:
                 lines = idle_words([*fixed, *configuration.words], unread((spec_of(changed), changed)))
                 reads, spec = _without_idle(configuration, changed, run)
@@ -110,7 +113,7 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
         [refusal] = compose_many([[*composed, f"{misspelt[0]}={options[misspelt[0]][0]}"]], config_dir)
         if isinstance(refusal, str):  # the line that a run has for it
             raise ConfigError(refusal)
-    if never := [reason for value, reason in refused.items() if value not in taken]:
+    if never := [reason for value, reason in refused.items() if value not in taken & held_by and value[0] in typed]:
         raise ConfigError(never[0])
     if unused := [line for what, line in idle.items() if what not in read and (what in typed or what in fixed)]:
         raise ConfigError(unused[0])

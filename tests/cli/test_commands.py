@@ -269,3 +269,24 @@ def test_overhead_is_small_beside_the_engine(grbench_forked: Grbench) -> None:
     checks = re.search(r"checks: (-?[\d.]+) us an answer, between batches .*: ([\d.]+) us .* without", done.stdout)
     assert checks, done.stdout
     assert float(checks[1]) < float(checks[2])  # less than the rest of the harness
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (["train", "engine=hstu"], "train: engine: this command has no such group of options; leave it out, or see"),
+        (["engine=hstu", "--json", "--csv"], ": --json --csv: only one of them at a time; leave the others out"),
+        (["report", "notes.txt"], "report: notes.txt: it is a file; give the folder of a record, or one above it"),
+        (["reports", "batching"], "reports: --root reports: no report there; give the folder that holds them"),
+        (["export", "--out", "notes.txt"], "export: --out notes.txt: it is a file; give a folder"),
+        (["build-plan", "--out", "notes.txt"], "build-plan: --out notes.txt: it is a file; give a folder"),
+    ],
+)
+def test_what_a_stranger_types_wrong_is_one_line(
+    grbench_here: Grbench, tmp_path: Path, words: list[str], line: str
+) -> None:
+    (tmp_path / "notes.txt").write_text("notes")
+    done = grbench_here(*words)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"grbench {line}".replace("grbench :", "grbench:"))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

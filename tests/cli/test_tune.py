@@ -88,6 +88,11 @@ TINY = (
             ["engine=hstu", "cache=none,lru", "cache.onload_share=0.5,0.6"],
             "tune: cache.onload_share=0.5: it is not read with cache.host_gb=0.0; set cache.host_gb too, or leave it",
         ),
+        (
+            ["engine=hstu", "engine.precision=fp32,fp7"],
+            "tune: engine.precision=fp7: nearest: fp8; allowed is one of auto",
+        ),
+        (["engine=hstu", "scenario.max_batch=0,4"], "tune: scenario.max_batch=0: allowed is int >= 1 and <= 65536"),
         (["space=typed", "engine=vllm,hf", "task=rank"], "the space is empty: none of 2 combinations can run here"),
     ],
 )

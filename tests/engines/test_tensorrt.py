@@ -224,8 +224,9 @@ def test_the_command_builds_and_refuses(tmp_path: Path, capsys: pytest.CaptureFi
         (("--history", "20", "--candidates", "4", "--target", "9.0"), 3, "has no target 9.0"),
         (("workload=csv", "workload.path=none.csv"), 2, "none.csv: no such file"),
     ):
-        code, _, error = run(*args)
+        code, out, error = run(*args)
         assert code == expected and said in error and error.count("\n") == 1, error
+        assert not out or "9.0" not in args, "a target is refused before the export"
 
 
 @needs_rtx

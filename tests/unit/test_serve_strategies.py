@@ -17,7 +17,7 @@ import pytest
 
 from grbench.deployment import Deployment, Serves, Step
 from grbench.gate.form import Form
-from grbench.serve import batches, recovery
+from grbench.serve import batches, checked, recovery
 from grbench.serve import service as services
 from grbench.serve import strategy as strategies
 from grbench.serve.controller import Controller
@@ -239,6 +239,46 @@ def test_a_hanging_engine_is_not_touched_before_its_thread_has_ended(
         await one.close(1.0)
 
     run(work)
+
+
+def test_a_start_that_the_end_of_the_server_meets_stops_after_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs take most of a start. Their requests are answered one after another, until the server ends."""
+    begun = threading.Event()
+
+    class Sample(list[Request]):
+        def some(self, count: int) -> list[Request]:
+            return self[:count]
+
+    class Slow(Engine):
+        answers = 0
+
+        def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
+            self.actual = dict
+
+        def rank(self, requests: Sequence[Request]) -> RankResult:
+            self.answers += 1
+            begun.set()
+            time.sleep(0.05)
+            return super().rank(requests)
+
+    engine = Slow()
+    monkeypatch.setattr(checked.engines, "build", lambda *given: engine)
+
+    async def work() -> None:
+        one = made(engine)
+        one.spec.warmup_batches = 1000
+        trace: Any = one.checked._trace
+        gate: Any = one.checked.gate
+        gate.check = lambda engine, size: SimpleNamespace(to_dict=dict)
+        trace.catalogue, trace.requests = None, Sample(trace.requests)
+        starting = asyncio.create_task(one.start())
+        await asyncio.to_thread(begun.wait, 5)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+
+    run(work)  # it waits for the thread
+    assert engine.closed and 0 < engine.answers < 20
 
 
 def test_a_strategy_that_fails_while_it_closes_gives_its_requests_back() -> None:

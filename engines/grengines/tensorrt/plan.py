@@ -137,8 +137,7 @@ def build(
     a target that TensorRT can't build for here, UnavailableError, with the library's message, for what it refuses.
     """
     atomic_io.check(folder, MANIFEST_FILE, "plan")
-    if reason := library.elsewhere(facts.target):
-        raise ValueError(reason)
+    require_target(library, facts.target)
     begun = time.perf_counter()
     found = exporter.cached(model, catalogue, seed, BASE[facts.precision])
     with atomic_io.scratch(folder) as scratch:
@@ -276,6 +275,14 @@ def _weight_names(onnx: Path) -> list[str]:
     kinds = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
     weights = load(str(onnx), load_external_data=False).graph.initializer
     return [w.name for w in weights if w.data_type in kinds and max(w.dims, default=1) > 1]
+
+
+def require_target(library: Library, target: str) -> None:
+    """Raise ValueError or UnavailableError for a compute capability that no plan can be built for here."""
+    if reason := library.elsewhere(target):
+        raise ValueError(f"--target {target}: {reason}")
+    if library.rtx:
+        _capability(library.module, target)
 
 
 def _capability(trt: Any, target: str) -> Any:
