@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,20 +16,19 @@ from grengines.aoti.cached import PackagedRanker
 from grengines.aoti.config import VARIANTS, AOTIEngineConfig
 from grengines.aoti.package import Facts, Inputs, Package
 from grengines.aoti.paged import PagedRanker
-from grengines.api import RankResult, Request, Setup, Tier
-from grengines.base import RankingEngine
-from grengines.cache.config import PagedCacheConfig, stored
+from grengines.api import RankResult, Request, Setup
+from grengines.cache.config import stored
 from grengines.export.attention import adapted
-from grengines.export.identity import kv_hash, model_hash
+from grengines.export.identity import model_hash
 from grengines.export.module import ExportedRanker
 from grengines.fallback import OutsideError
-from grengines.hstu.cached import CachedRanking
+from grengines.hstu.caching_engine import CachingRankingEngine
 from grengines.models.hstu.model import build_model
 from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, Layout, pack
 from grengines.runtime.buckets import plan_buckets
 from grengines.runtime.device import Placement
-from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture, fillings
+from grengines.runtime.graph_costs import Queue, Runner, capture, fillings
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.profile import Sizes, check, profiles
 from grengines.runtime.results import collect
@@ -39,7 +37,7 @@ from grkernels import registry as kernel_registry
 from grkernels.operators import Operators
 
 
-class AOTIEngine(RankingEngine):
+class AOTIEngine(CachingRankingEngine):
     """Ranking with HSTU, compiled ahead of time by AOTInductor.
 
     Raises UnavailableError for a device or a variant that this machine lacks.
@@ -49,9 +47,8 @@ class AOTIEngine(RankingEngine):
 
     def __init__(self, options: AOTIEngineConfig, setup: Setup) -> None:
         super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
-        self._options, self._cache = options, setup.cache
+        self._options = options
         self._asked = options.cuda_graphs if self._cuda else "false"
-        self._page = self._cache.page if isinstance(self._cache, PagedCacheConfig) else 0
         operators = {
             f: name
             for f, name in setup.kernels.items()
@@ -72,8 +69,6 @@ class AOTIEngine(RankingEngine):
         self._operators = Operators.of(self._kernels)
         self._package: Package | None = None
         self._inputs: Inputs | None = None
-        self.user_cache: CachedRanking | None = None  # from `prepare` on, if the options ask for it
-        self._graphs = Graphs()
         self._build_s = 0.0
 
     @torch.inference_mode()
@@ -88,23 +83,12 @@ class AOTIEngine(RankingEngine):
             sample, self._encoding, max_batch, self._options.graph_lengths, packed=packed, cached=self._page > 0
         )
         plan = [b for b in plan if _sizes(b).fits(package.facts.most)]
-        longest = max(sample, key=lambda r: len(r.history_items))
-        if isinstance(self._cache, PagedCacheConfig):
+        longest = self._longest(sample)
+        if self._page:
             ranker = PackagedRanker(
                 package, self._model_config, self._encoding, self._device, self._dtype, self._operators.paged_write
             )
-            setup = self._setup
-            identity = partial(
-                kv_hash,
-                self._model_config,
-                setup.catalogue,
-                setup.seed,
-                self._precision,
-                self._base,
-                self._device.type,
-            )
-            self.user_cache = CachedRanking(ranker, 0, self._cache, sample, lambda hosts: {}, identity)
-            self.user_cache.capture(self._asked, plan, longest)
+            self._make_cache(ranker, sample, self._base).capture(self._asked, plan, longest)
             return
         self._inputs = Inputs(package.facts, self._device)
         self._graphs = capture(
@@ -113,10 +97,6 @@ class AOTIEngine(RankingEngine):
             lambda buckets: GraphRunner(self._run, buckets, self._empty, self._device),
             partial(self._probe, longest),
         )
-
-    def _empty(self, bucket: Bucket) -> list[HostBatch]:
-        """Return the input of a bucket's graph, an empty batch."""
-        return [pack([], self._encoding, bucket=bucket, pin=self._cuda)]
 
     def _probe(self, longest: Request, bucket: Bucket, runner: Runner | None) -> Queue:
         """Return what queues a batch that fills a bucket, in its graph if there is a runner."""
@@ -177,40 +157,22 @@ class AOTIEngine(RankingEngine):
             logits = self._run(batch)
         return collect(logits, [host], marks, batch_ms, self._graphs.counts(bucket))
 
-    def reset_cache(self, keep: Tier = Tier.NONE) -> None:
-        """Drop every cached user state. keep: move those above this tier, HOST or STORAGE, to it."""
-        if self.user_cache is not None:
-            with self._lock:
-                self.user_cache.reset_cache(keep)
-
-    def tier_of(self, user: int) -> Tier:
-        """Return where the user's state is at this moment."""
-        return self.user_cache.states.tier_of(user) if self.user_cache is not None else Tier.NONE
-
-    def state_bytes(self) -> dict[Tier, int]:
-        """Return the bytes that users' states take at this moment, by tier."""
-        cache = self.user_cache  # another thread may close the engine
-        return cache.states.state_bytes() if cache is not None else {}
-
     def _describe(self) -> dict[str, Any]:
         package = self._package
         return {
             **self._choice.actual(),
             "kernel_configs": package.configs if package else [],
-            **(self.user_cache.graphs if self.user_cache else self._graphs).actual(),
             "package": str(package.path) if package else None,
             "package_bytes": package.path.stat().st_size if package else 0,
             "package_build_s": self._build_s,  # 0: it existed
             "built_for": package.facts.most.__dict__ if package else {},
             "attention_tiles": package.facts.tiles if package else 0,  # of query rows, one after another
-            "cache": dataclasses.asdict(self._cache),
-            **(self.user_cache.actual() if self.user_cache else {}),
+            **self._describe_cache(),
         }
 
     def _unload(self) -> None:
-        if self.user_cache is not None:
-            self.user_cache.close()
-        self._package, self._inputs, self._graphs, self.user_cache = None, None, Graphs(), None
+        super()._unload()
+        self._package, self._inputs = None, None
 
     def _make_package(self, sample: Sequence[Request], max_batch: int) -> Package:
         """Load the package that `engine.package` names, else the one in the cache, which is built if it is missing."""

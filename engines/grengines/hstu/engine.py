@@ -11,13 +11,11 @@ from typing import Any
 
 import torch
 
-from grengines.api import RankResult, Request, Setup, Tier, UnavailableError
-from grengines.base import RankingEngine
-from grengines.cache.config import PagedCacheConfig, stored
+from grengines.api import RankResult, Request, Setup, UnavailableError
+from grengines.cache.config import stored
 from grengines.cache.item_shards import ItemShards
 from grengines.cache.items import HotRows
-from grengines.export.identity import kv_hash
-from grengines.hstu.cached import CachedRanking
+from grengines.hstu.caching_engine import CachingRankingEngine
 from grengines.hstu.config import HSTUEngineConfig, graphs_asked
 from grengines.hstu.passes import follow_ranking, whole
 from grengines.last_layer import WHOLE, LastLayer
@@ -25,10 +23,10 @@ from grengines.models.hstu.fp8 import use_fp8
 from grengines.models.hstu.model import HSTURanker, build_model
 from grengines.models.hstu.shard import shard
 from grengines.runtime import kernels as kernel_choice
-from grengines.runtime.batch import Bucket, HostBatch, Layout, pack, pack_slices
+from grengines.runtime.batch import Bucket, HostBatch, Layout, pack_slices
 from grengines.runtime.buckets import first_batches, plan_buckets
 from grengines.runtime.device import PRODUCTS, Placement
-from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture, fillings
+from grengines.runtime.graph_costs import Queue, Runner, capture, fillings
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import collect
 from grengines.runtime.shared_graphs import graph_runner
@@ -38,7 +36,7 @@ from grkernels import fp8, tuning
 from grkernels.operators import Operators
 
 
-class HSTUEngine(RankingEngine):
+class HSTUEngine(CachingRankingEngine):
     """Ranking with HSTU and the kernel variants of the configuration.
 
     With engine.tensor_parallel it is rank 0, and its team has the others. Raises UnavailableError for a device or a
@@ -49,20 +47,19 @@ class HSTUEngine(RankingEngine):
 
     def __init__(self, options: HSTUEngineConfig, setup: Setup) -> None:
         super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
-        self._options, self._cache = options, setup.cache
+        self._options = options
         self._ranks = options.tensor_parallel
         one_launch = self._cuda and not options.candidate_microbatch
         self._asked = graphs_asked(options) if one_launch else "false"
         self._products = self._precision if self._precision in PRODUCTS else ""
         if self._products and self._cuda and (why := fp8.refusal()):
             raise UnavailableError(f"engine.precision=fp8: {why}; set engine.precision=bf16")
-        page = self._cache.page if isinstance(self._cache, PagedCacheConfig) else 0
         self._kernels = kernel_choice.choose(
             setup.kernels,
             self._model_config,
             self._device.type,
             self._base,
-            page=page,
+            page=self._page,
             stored=stored(self._cache),
             captured=self._asked != "false",
             products=self._products,
@@ -70,10 +67,9 @@ class HSTUEngine(RankingEngine):
         )
         self.operators = Operators.of(self._kernels.variants)
         self._ranker: HSTURanker | None = None
-        self._graphs, self._slots = Graphs(), Slots(self._device)
+        self._slots = Slots(self._device)
         self.team: Team | Alone = Alone(self._device)
         self._parameters = 0  # of the whole model
-        self.user_cache: CachedRanking | None = None  # from `prepare` on, if the options ask for it
         self._items: HotRows | ItemShards | None = None
 
     @torch.inference_mode()
@@ -108,25 +104,17 @@ class HSTUEngine(RankingEngine):
             self._items = HotRows.within(memory, table, device=self._device, dtype=self._dtype)
             ranker.use_table(self._items.table)
         begun = time.perf_counter()
-        if isinstance(self._cache, PagedCacheConfig):
+        plan, longest = self._plan(sample, max_batch), self._longest(sample)
+        if self._page:
             microbatch = self._options.candidate_microbatch
-            identity = partial(
-                kv_hash,
-                self._model_config,
-                setup.catalogue,
-                setup.seed,
-                self._precision,
-                self._attention,
-                self._device.type,
-            )
-            self.user_cache = CachedRanking(ranker, microbatch, self._cache, sample, self._place, identity, self.team)
-            self.user_cache.capture(self._asked, self._plan(sample, max_batch), self._longest(sample))
+            cache = self._make_cache(ranker, sample, self._attention, microbatch, self._place, self.team)
+            cache.capture(self._asked, plan, longest)
         else:
             self._graphs = capture(
                 self._asked,
-                self._plan(sample, max_batch),
+                plan,
                 lambda buckets: graph_runner(self.team, GraphRunner, ranker, buckets, self._empty, self._device),
-                partial(self._probe, ranker, self._longest(sample)),
+                partial(self._probe, ranker, longest),
             )
         self.start_s["graphs"] = time.perf_counter() - begun
         self.team.ready()
@@ -154,12 +142,8 @@ class HSTUEngine(RankingEngine):
             max_batch,
             self._options.graph_lengths,
             packed=self._kernels.variants["hstu_attention"] in ("triton", "cutlass", "fp8"),
-            cached=isinstance(self._cache, PagedCacheConfig),
+            cached=self._page > 0,
         )
-
-    def _empty(self, bucket: Bucket) -> list[HostBatch]:
-        """Return the input of a bucket's graph, an empty batch."""
-        return [pack([], self._encoding, bucket=bucket, pin=self._cuda)]
 
     def _probe(self, ranker: HSTURanker, longest: Request, bucket: Bucket, runner: Runner | None) -> Queue:
         """Return what queues a batch that fills a bucket, in its graph if there is a runner."""
@@ -170,9 +154,6 @@ class HSTUEngine(RankingEngine):
             return self._queue_packed(ranker, layout, bucket if runner else None, runner, begun)
 
         return queue
-
-    def _longest(self, sample: Sequence[Request]) -> Request:
-        return max(sample, key=lambda r: len(r.history_items))
 
     @torch.inference_mode()
     def _warm_up(self, sample: Sequence[Request], max_batch: int) -> None:
@@ -234,25 +215,10 @@ class HSTUEngine(RankingEngine):
             details[WHOLE] = 1.0
         return collect(logits, hosts, slot.marks, batch_ms, details | self._graphs.counts(bucket), slot)
 
-    def reset_cache(self, keep: Tier = Tier.NONE) -> None:
-        """Drop every cached user state. keep: move those above this tier, HOST or STORAGE, to it."""
-        if self.user_cache is not None:
-            with self._lock:
-                self.user_cache.reset_cache(keep)
-
-    def tier_of(self, user: int) -> Tier:
-        """Return where the user's state is at this moment."""
-        return self.user_cache.states.tier_of(user) if self.user_cache is not None else Tier.NONE
-
-    def state_bytes(self) -> dict[Tier, int]:
-        """Return the bytes that users' states take at this moment, by tier."""
-        cache = self.user_cache  # another thread may close the engine
-        return cache.states.state_bytes() if cache is not None else {}
-
     def prefetch(self, users: Iterable[int]) -> None:
         """Start to copy the states of users from the host tier to the device, ahead of their requests."""
-        if self.user_cache is not None:
-            self.user_cache.states.prefetch_users(users)
+        if (cache := self.user_cache) is not None:
+            cache.states.prefetch_users(users)
 
     def _describe(self) -> dict[str, Any]:
         return {
@@ -261,10 +227,8 @@ class HSTUEngine(RankingEngine):
             "attention_precision": self._attention,
             **self._describe_operands(),
             "kernel_configs": tuning.provenance(),
-            **(self.user_cache.graphs if self.user_cache else self._graphs).actual(),
+            **self._describe_cache(),
             "candidate_microbatch": self._options.candidate_microbatch,
-            "cache": dataclasses.asdict(self._cache),
-            **(self.user_cache.actual() if self.user_cache else {}),
             "parameters": self._parameters,
             **self.team.actual(),
             "item_slots": self._items.slots if self._items else 0,  # rows of the token table on the devices; 0: all
@@ -275,7 +239,7 @@ class HSTUEngine(RankingEngine):
         """Return what writes q, k and v in e4m3: the projection, or a pass after it where keys and values are kept."""
         if self._attention != "fp8":
             return {}
-        kept = isinstance(self._cache, PagedCacheConfig) or self._options.candidate_microbatch
+        kept = self._page or self._options.candidate_microbatch
         projected = self._ranker is not None and self._ranker.projected_attention is not None and not kept
         return {"attention_operands": "projection" if projected else "pass"}
 
@@ -288,12 +252,10 @@ class HSTUEngine(RankingEngine):
         return {"fp8_products": how, "notes": [note] if how == fp8.EMULATED else []}
 
     def _unload(self) -> None:
-        if self.user_cache is not None:
-            self.user_cache.close()
+        super()._unload()
         if isinstance(self._items, ItemShards):
             self._items.close()
-        self._ranker, self._graphs, self._slots = None, Graphs(), Slots(self._device)
-        self.user_cache, self._items = None, None
+        self._ranker, self._items, self._slots = None, None, Slots(self._device)
         self.team.close()  # after the graphs, which hold collectives
 
     def _place(self, hosts: Sequence[HostBatch]) -> dict[str, float]:
