@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from grengines.cache.policies import names
 from grengines.options import option
 
 EIGHT_BITS = ("int8", "fp8")  # fp8: e4m3
@@ -26,7 +27,7 @@ class PagedCacheConfig:
 
     name: str = option("lru", "name of the cache in records")
     policy: str = option(
-        "lru", "rule that picks the state to evict when the pages run out", choices=["lru", "lfu", "gdsf", "predictive"]
+        "lru", "rule that picks the state to evict when the pages run out", choices=[n for n in names() if n != "none"]
     )
     admit_visit: int = option(
         0, "visit from which a user's state is stored; 0: the first while enough users return, else the second", ge=0
