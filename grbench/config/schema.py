@@ -88,7 +88,7 @@ class GateConfig:
 
 @dataclass
 class RetrievalConfig:
-    """Options of the search, for tasks that generate: see docs/ARCHITECTURE.md, Generation."""
+    """Options of the search, for tasks that generate: see docs/design/model.md."""
 
     k: int = option(10, "items of an answer", ge=1, le=1000)
     beam_width: int = option(32, "beams of a search, at least `k`", ge=1, le=1024)

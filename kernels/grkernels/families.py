@@ -41,7 +41,7 @@ SLOW_BYTES = (
     "over pages in 8 bits it is measured 1.23 times as fast as triton with int8 and no faster with fp8, and an engine "
     "with it had not started after 60 s; kernel.hstu_attention=cutlass takes it"
 )
-SLOW_START = {"compile": "an engine with it starts slowly (docs/ARCHITECTURE.md, Kernels); kernel=compile takes it"}
+SLOW_START = {"compile": "an engine with it starts slowly (docs/design/kernels.md); kernel=compile takes it"}
 
 
 @dataclass(frozen=True)

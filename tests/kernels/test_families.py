@@ -72,7 +72,7 @@ def test_a_cpu_gets_torch_even_where_triton_is_interpreted() -> None:
     assert first == "torch: the only one left"
     assert others[0] == "cutlass: needs an NVIDIA GPU of compute capability 9.0"
     assert others[1] == "triton: needs an NVIDIA GPU"
-    assert others[2].startswith("compile: an engine with it starts slowly (docs/ARCHITECTURE.md")
+    assert others[2].startswith("compile: an engine with it starts slowly (docs/design/kernels.md")
 
 
 SMALL = Sizes(32, 2, 16, 16, page=16, products="fp8", users=2, events=24, candidates=4)

@@ -1,6 +1,6 @@
 """Masks of other HSTU models' attention that grbench's own lacks, and biases of the scores.
 
-spec.py describes the mask that these options change. docs/ARCHITECTURE.md says whose each of them is.
+spec.py describes the mask that these options change. docs/design/model.md says whose each of them is.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ INTERACTING = 4  # interacting vectors of a candidate: encoded, item, position, 
 class HSTUConfig:
     """Shape of an HSTU ranking model, and whose HSTU it is.
 
-    Source: Zhai et al., ICML 2024. docs/ARCHITECTURE.md has the maths. The options after `variant` replace single
+    Source: Zhai et al., ICML 2024. docs/design/model.md has the maths. The options after `variant` replace single
     choices of that variant; null: its own.
     """
 
@@ -43,7 +43,7 @@ class HSTUConfig:
     interaction: bool = option(False, "the head also gets the dot products of a candidate's vectors (DLRM)")
     tasks: list[str] = option(["engagement", "retention", "monetisation"], "outputs of the ranking head")
     weights: str | None = option(None, "safetensors file; null: random weights from `seed`", file=True)
-    variant: str = option(DEFAULT, "whose HSTU: see docs/ARCHITECTURE.md, Variants", choices=tuple(VARIANTS))
+    variant: str = option(DEFAULT, "whose HSTU: see docs/design/model.md", choices=tuple(VARIANTS))
     silu: str | None = option(None, "projections with a SiLU", choices=["u", "uvqk"])
     output: str | None = option(
         None, "what is projected after attention: [u, a, u norm(a)], or u norm(a) alone", choices=["concat", "gate"]

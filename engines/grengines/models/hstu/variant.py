@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Variant:
-    """The choices of one owner. The defaults are grbench's own; docs/ARCHITECTURE.md says whose each other value is.
+    """The choices of one owner. The defaults are grbench's own; docs/design/model.md says whose each other value is.
 
     `HSTUConfig` has an option of each field's name, which replaces the value that the named variant has.
     """
