@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
+import textwrap
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -16,6 +18,10 @@ class CommandError(ValueError):
     def __init__(self, message: object, code: int = 2) -> None:
         super().__init__(message)
         self.code = code
+
+
+def _width() -> int:
+    return shutil.get_terminal_size().columns - 2  # as argparse
 
 
 def replaced(words: Sequence[str], by: Sequence[str]) -> list[str]:
@@ -31,14 +37,15 @@ def _key(word: str) -> str:
 class Arguments(argparse.ArgumentParser):
     """The flags of `grbench NAME`, before, behind and between its overrides. A wrong flag raises CommandError.
 
-    name: the subcommand. about: what it does. examples: command lines for --help, without `python -m grbench`.
+    name: the subcommand. about: what it does, in lines that are wrapped. examples: command lines for --help, without
+    `python -m grbench`.
     overrides: the Hydra overrides that it takes, in words; empty: none.
     """
 
     def __init__(self, name: str, about: str, examples: list[str], overrides: str = "") -> None:
         super().__init__(
             prog=f"grbench {name}",
-            description=about,
+            description="\n".join(textwrap.fill(line, _width()) for line in about.splitlines()),
             epilog="\n".join(["examples:", *(f"  python -m grbench {example}" for example in examples)]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

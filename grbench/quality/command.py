@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         "evaluate out=outputs/ranker",
         "evaluate engine=hstu model.weights=outputs/ranker/weights.safetensors 'model.tasks=[rated,liked]'",
         "evaluate engine=hstu task=generate retrieval.levels=1 retrieval.weights=outputs/items/weights.safetensors",
-        "evaluate -m engine=hstu task=generate retrieval.beam_width=8,32,128 retrieval.weights=... ...",
+        "evaluate -m task=generate retrieval.beam_width=32,128 out=outputs/ids",
     ]
     parser = Arguments("evaluate", about, examples, "overrides as in `grbench` or `grbench train`")
     parser.add_argument("--multirun", "-m", action="store_true", help="evaluate every combination of a sweep")

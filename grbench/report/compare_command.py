@@ -36,11 +36,11 @@ STYLES = {"faster": "green", "slower": "red"}
 def parser() -> Arguments:
     """Return the parser of the command's flags."""
     about = (
-        "Compare two measurements cell by cell: faster, slower, no difference or undecided, with the interval of the\n"
-        "change. No difference: the interval lies inside --margin. Undecided: none of these is certain.\n"
-        "A side is a record, a folder with records, or REVISION:FOLDER of a git repository. Of several BASEs, those\n"
-        "of the machine of NEW count.\n"
-        "Exit codes: 0 no cell is slower, 1 a cell is slower, 2 nothing to compare, 3 no cell is slower, but one is\n"
+        "Compare two measurements cell by cell: faster, slower, no difference or undecided, with the interval of the "
+        "change. No difference: the interval lies inside --margin. Undecided: none of these is certain. A side is a "
+        "record, a folder with records, or REVISION:FOLDER of a git repository. Of several BASEs, those of the machine "
+        "of NEW count.\n"
+        "Exit codes: 0 no cell is slower, 1 a cell is slower, 2 nothing to compare, 3 no cell is slower, but one is "
         "undecided, 4 a change has no interval: more runs (runner.repeats) make or narrow one."
     )
     examples = [

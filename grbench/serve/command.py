@@ -29,8 +29,8 @@ def parser() -> argparse.ArgumentParser:
     examples = [
         "serve engine=hstu",
         "serve engine=hstu cache=lru workload=synthetic serve.port=9000",
-        "serve deployment=outputs/tune/best.yaml",
-        "serve deployment=outputs/tune/best.yaml serve.replicas=2",
+        "serve deployment=outputs/tune/TIME/best.yaml",
+        "serve deployment=outputs/tune/TIME/best.yaml serve.replicas=2",
     ]
     return Arguments("serve", about, examples, "deployment=FILE, or overrides as in `grbench`; serve.KEY=VALUE")
 

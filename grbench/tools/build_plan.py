@@ -19,7 +19,7 @@ from grengines.tensorrt.config import PRECISIONS
 def parser() -> argparse.ArgumentParser:
     """Return the flags of the command."""
     about = (
-        "Build a TensorRT plan of a ranking model, also for a GPU that this machine lacks. It covers either one size\n"
+        "Build a TensorRT plan of a ranking model, also for a GPU that this machine lacks. It covers either one size "
         "(--history and --candidates) or the requests of the workload. int8 and fp8 take their scales from those."
     )
     examples = [
@@ -29,7 +29,8 @@ def parser() -> argparse.ArgumentParser:
     parser = Arguments("build-plan", about, examples, OVERRIDES)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; a plan in it is replaced")
     add_catalogue_flags(parser)
-    parser.add_argument("--library", choices=["auto", "tensorrt", "tensorrt_rtx"], default="auto")
+    library = "library that builds; auto: the first that is installed (default: %(default)s)"
+    parser.add_argument("--library", choices=["auto", "tensorrt", "tensorrt_rtx"], default="auto", help=library)
     parser.add_argument("--target", default="8.9", help="compute capability of the GPU (default: %(default)s)")
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="bf16", help="precision of the plan (default: %(default)s)"

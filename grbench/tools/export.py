@@ -17,12 +17,13 @@ def parser() -> argparse.ArgumentParser:
     examples = [
         "export --out outputs/export",
         "export --out outputs/export model=dlrm_v3 --items 1000000 --actions 3",
-        "export --out outputs/export model.weights=outputs/ml_100k.safetensors",
+        "export --out outputs/export model.weights=outputs/ranker/weights.safetensors",
     ]
     parser = Arguments("export", about, examples, OVERRIDES)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; an export in it is replaced")
     add_catalogue_flags(parser)
-    parser.add_argument("--precision", choices=["fp32", "fp16", "bf16", "int8"], default="fp32")
+    precision = "precision of the export (default: %(default)s)"
+    parser.add_argument("--precision", choices=["fp32", "fp16", "bf16", "int8"], default="fp32", help=precision)
     hidden = "attention for runtimes whose shapes may change within a loop"
     parser.add_argument("--skip-hidden", action="store_true", help=hidden)
     return parser

@@ -66,9 +66,19 @@ def test_help_lists_every_subcommand_on_one_screen(capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
-def test_every_subcommand_has_help_with_an_example(capsys: Capture, name: str) -> None:
+def test_every_subcommand_has_help_with_an_example(capsys: Capture, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """It is as wide as the terminal but for the examples, and explains each flag, or says what explains each key."""
+    monkeypatch.setenv("COLUMNS", "80")
     text = output(capsys, name, "--help")
     assert f"python -m grbench {'' if name == 'run' else name}".rstrip() in text
+    if not text.startswith("usage: "):
+        assert name == "run" or f"grbench config {name}" in text
+        return
+    before = text.partition("\nexamples:")[0].splitlines()
+    assert max(map(len, before)) <= 80 and "..." not in text.partition("\nexamples:")[2]
+    flags = [i for i, line in enumerate(before) if line.startswith("  -") and "  " not in line.strip()]
+    bare = [before[i] for i in flags if not "".join(before[i + 1 : i + 2]).startswith("        ")]
+    assert not bare
 
 
 def test_help_lists_the_options_in_a_folder_of_ones_own(capsys: Capture, tmp_path: Path) -> None:
