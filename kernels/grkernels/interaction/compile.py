@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from grkernels.compiled import compiled
+from grkernels.interaction.torch import VARIANT as EAGER
 
-from grkernels import capabilities
-from grkernels.interaction.reference import interaction as reference
-from grkernels.interaction.torch import interaction as eager
-from grkernels.variant import KernelVariant
-
-# fullgraph: too many shapes raise an error. Without it they would run the eager variant silently.
-interaction = torch.compile(eager, fullgraph=True)
-
-VARIANT = KernelVariant("interaction", "compile", interaction, reference, capabilities.compiled)
+VARIANT = compiled(EAGER)
