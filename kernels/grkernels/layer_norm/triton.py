@@ -92,6 +92,14 @@ def tuning_key(width: int) -> str:
     return tuning.key(width=width)
 
 
+def default_config(block: int) -> dict[str, int]:
+    """Return a launch configuration for rows in blocks of this width.
+
+    Short rows take one warp, so that their sums need no shared memory.
+    """
+    return {"rows": max(1024 // block, 1), "warps": min(max(block // 1024, 1), 16)}
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, to: str = "") -> Tensor | Scaled:
     """Compute what reference.py defines."""
     L, E = x.shape
@@ -99,9 +107,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, to: str =
     if L:
         x = x if x.stride(1) == 1 else x.contiguous()
         block = tuning.bucket(E)
-        # Short rows take one warp, so that their sums need no shared memory.
-        default = {"rows": max(1024 // block, 1), "warps": min(max(block // 1024, 1), 16)}
-        config = tuning.choose("layer_norm", "triton", tuning_key(E), default)
+        config = tuning.choose("layer_norm", "triton", tuning_key(E), default_config(block))
         rows = config["rows"]
         grid = -(-L // rows), 1, 1
         numbers, constants = (L, eps), (E, rows, block)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from grkernels import triton_common, tuning
 from grkernels.fp8 import Scaled
+from grkernels.layer_norm.triton import CANDIDATES as CANDIDATES
+from grkernels.layer_norm.triton import default_config, tuning_key
 from grkernels.norm_gate.reference import norm_gate as reference
 from grkernels.quantise.triton import quantise
 from grkernels.triton_common import E4M3, eight_bits, rounded
@@ -19,10 +21,6 @@ from grkernels.triton_launch import launched
 from grkernels.variant import KernelVariant
 
 MAX_WIDTH = 32768  # a row must fit the registers of one program
-
-CANDIDATES = [
-    {"rows": rows, "warps": warps} for rows, warps in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 2), (4, 4), (8, 4), (8, 8))
-]
 
 
 @launched(tensors=["u", "a", "weight", "bias", "out"], numbers=["L", "eps"])
@@ -163,11 +161,6 @@ def _gate_and_norm(
     return gate / (1.0 + tl.exp(-gate)), normed
 
 
-def tuning_key(width: int) -> str:
-    """Return the key of a row's width. The number of rows is large in every use and does not matter."""
-    return tuning.key(width=width)
-
-
 def norm_gate(
     u: Tensor,
     a: Tensor,
@@ -191,9 +184,7 @@ def norm_gate(
     if L:
         u, a = (x if x.stride(1) == 1 else x.contiguous() for x in (u, a))
         block = tuning.bucket(W)
-        # Short rows take one warp, so that their sums need no shared memory.
-        default = {"rows": max(1024 // block, 1), "warps": min(max(block // 1024, 1), 16)}
-        config = tuning.choose("norm_gate", "triton", tuning_key(W), default)
+        config = tuning.choose("norm_gate", "triton", tuning_key(W), default_config(block))
         rows = config["rows"]
         grid, strides = (-(-L // rows), 1, 1), (u.stride(0), a.stride(0))
         inputs, constants = (u, a, weight, bias), (W, rows, block)

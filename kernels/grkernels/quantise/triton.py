@@ -8,14 +8,12 @@ from torch import Tensor
 
 from grkernels import triton_common, tuning
 from grkernels.fp8 import Scaled
+from grkernels.layer_norm.triton import CANDIDATES as CANDIDATES
+from grkernels.layer_norm.triton import default_config, tuning_key
 from grkernels.quantise.reference import quantise as reference
 from grkernels.triton_common import E4M3, quantised
 from grkernels.triton_launch import launched
 from grkernels.variant import KernelVariant
-
-CANDIDATES = [
-    {"rows": rows, "warps": warps} for rows, warps in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 2), (4, 4), (8, 4), (8, 8))
-]
 
 
 @launched(tensors=["x", "out", "scales"], numbers=["L"])
@@ -41,11 +39,6 @@ def _kernel(
     tl.store(scales + rows, scale, mask=rows < L)
 
 
-def tuning_key(width: int) -> str:
-    """Return the key of a row's width. The number of rows is large in every use and does not matter."""
-    return tuning.key(width=width)
-
-
 def quantise(x: Tensor, *, to: str) -> Scaled:
     """Compute what reference.py defines."""
     L, W = x.shape
@@ -54,8 +47,7 @@ def quantise(x: Tensor, *, to: str) -> Scaled:
         x = x if x.stride(1) == 1 else x.contiguous()
         width = out.values.shape[1]
         block = tuning.bucket(width)
-        default = {"rows": max(1024 // block, 1), "warps": min(max(block // 1024, 1), 16)}
-        config = tuning.choose("quantise", "triton", tuning_key(W), default)
+        config = tuning.choose("quantise", "triton", tuning_key(W), default_config(block))
         rows = config["rows"]
         tensors = x, out.values.view(torch.int8), out.scales
         constants = W, width, rows, block, *E4M3
