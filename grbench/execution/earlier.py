@@ -41,8 +41,8 @@ class EarlierRecords:
         Raises OSError for a file of the cell that can't be read.
         """
         why = ""
+        here = describe_environment(spec.packages)
         for folder, record in reversed(self._kept.get(spec.hash, [])):
-            here = describe_environment(spec.packages)
             differences = [environment_difference(record.environment, here | machine) for machine in self._machines]
             if record.status is Status.TIMEOUT and record.duration_s < timeout_s:
                 ended = f"the TIMEOUT of {record.started_at} came after {record.duration_s:.0f} s"

@@ -9,7 +9,7 @@ functions.
 
 from grbench.report.chart import Chart
 from grbench.report.charts import charts
-from grbench.report.findings import Finding, findings
+from grbench.report.findings import Finding, findings, limit_verdict
 from grbench.report.frame import (
     ReportError,
     cells_frame,
@@ -17,7 +17,6 @@ from grbench.report.frame import (
     load_samples,
     read_cells,
     time_parts,
-    within_limit,
 )
 from grbench.report.groups import Group, Row, group_cells
 from grbench.report.write import write_report
@@ -32,10 +31,10 @@ __all__ = [
     "charts",
     "findings",
     "group_cells",
+    "limit_verdict",
     "load_frame",
     "load_samples",
     "read_cells",
     "time_parts",
-    "within_limit",
     "write_report",
 ]

@@ -203,22 +203,3 @@ def time_parts(frame: pd.DataFrame) -> pd.DataFrame:
     parts.insert(len(PARTS), "other_ms", (parts["latency_ms"] - parts[PARTS].sum(axis=1)).clip(lower=0))
     parts.attrs["notes"] = notes
     return parts
-
-
-def within_limit(frame: pd.DataFrame) -> pd.Series:
-    """Compare each cell's p99 with its `latency_limit_ms`, by the p99's 95% interval.
-
-    "yes" if the whole interval lies within the limit, "no" if none of it does, "unsure" if it does not tell,
-    "p99 withheld" if there were too few samples for a p99, "-" for a cell that is not OK.
-    """
-
-    def verdict(row: pd.Series) -> str:
-        p99, limit = row["latency_ms/p99"], row["latency_limit_ms"]
-        low, high = row["latency_ms/p99/low"], row["latency_ms/p99/high"]
-        if row["status"] != records.Status.OK:
-            return MISSING
-        if p99 != p99:
-            return "p99 withheld"
-        return "yes" if high <= limit else "no" if low > limit else "unsure"
-
-    return frame.apply(verdict, axis=1).rename("within_limit")

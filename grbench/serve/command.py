@@ -16,7 +16,10 @@ from grbench.execution.ranks import asked_by, gpus_of
 from grbench.serve.logs import Log
 from grbench.serve.options import SWITCH_S, bound, deployment_of, parse
 
-MODULES = ("starlette", "uvicorn", "uvloop", "httptools", "orjson", "prometheus_client", "grpc", "opentelemetry")
+MODULES = (
+    *("psutil", "starlette", "uvicorn", "uvloop", "httptools", "orjson"),
+    *("prometheus_client", "grpc", "opentelemetry"),
+)
 
 
 def parser() -> argparse.ArgumentParser:

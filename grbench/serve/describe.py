@@ -82,7 +82,7 @@ def status(service: Service) -> dict[str, Any]:
         "workload": present.spec.workload.name if present else "",
         "items": present.bounds.catalogue.num_items if present else 0,
         "state": "draining" if service.draining else "ready" if service.ready else "not ready",
-        "up_s": round(time.time() - service.begun, 1),
+        "up_s": round(time.monotonic() - service.begun, 1),
         "calls": figures.calls,
         "failed": figures.failed,
         "shed": figures.shed,

@@ -69,7 +69,7 @@ class Service:
         self.metrics = Metrics(_limit_s(deployment))
         self.figures = Figures()
         self.draining = False
-        self.begun = time.time()
+        self.begun = time.monotonic()
         self.present: ServingDeployment | None = None
         self._controllers: list[Controller] = []  # the present one, and those that finish what they hold
         self._reloading = asyncio.Lock()

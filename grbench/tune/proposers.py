@@ -64,13 +64,22 @@ class Listed:
         pass
 
 
-class Neighbours(Listed):
+class FromBest(Listed):
+    """A rule that goes on from the best configuration so far."""
+
+    _best: tuple[float, Configuration] | None = None
+
+    def tell(self, configuration: Configuration, score: float | None, violation: float) -> None:
+        if score is not None and violation <= 0 and (self._best is None or score > self._best[0]):
+            self._best = (score, configuration)
+
+
+class Neighbours(FromBest):
     """Hill climbing: all configurations within `radius` options and values of the best, then from the next best."""
 
     def __init__(self, configurations: Sequence[Configuration], axes: Axes, radius: int = 3, seed: int = 0) -> None:
         super().__init__(configurations, seed)
         self._axes, self._radius = axes, radius
-        self._best: tuple[float, Configuration] | None = None
 
     def ask(self, cost: Cost = equal, most_unlike: int = STARTUP) -> Configuration | None:
         if not self._open:
@@ -83,10 +92,6 @@ class Neighbours(Listed):
         self._open.remove(chosen)
         return chosen
 
-    def tell(self, configuration: Configuration, score: float | None, violation: float) -> None:
-        if score is not None and violation <= 0 and (self._best is None or score > self._best[0]):
-            self._best = (score, configuration)
-
     def _distance(self, one: Configuration, other: Configuration) -> int:
         """Return the number of steps along the lists of values that lie between two configurations."""
         total = 0
@@ -97,13 +102,12 @@ class Neighbours(Listed):
         return total
 
 
-class OneAtATime(Listed):
+class OneAtATime(FromBest):
     """One option after another: all its values with the others held at the best so far."""
 
     def __init__(self, configurations: Sequence[Configuration], axes: Axes) -> None:
         super().__init__(configurations)
         self._axes, self._keys = axes, list(axes)
-        self._best: tuple[float, Configuration] | None = None
 
     def ask(self, cost: Cost = equal, most_unlike: int = STARTUP) -> Configuration | None:
         if not self._open:
@@ -122,10 +126,6 @@ class OneAtATime(Listed):
             return self._open.pop(0)
         self._open.remove(near[0])
         return near[0]
-
-    def tell(self, configuration: Configuration, score: float | None, violation: float) -> None:
-        if score is not None and violation <= 0 and (self._best is None or score > self._best[0]):
-            self._best = (score, configuration)
 
 
 class OptunaProposer:

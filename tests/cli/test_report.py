@@ -34,7 +34,6 @@ from grbench.report import (
     load_samples,
     plots,
     time_parts,
-    within_limit,
     write_report,
 )
 from grbench.report.cells import Code, Planned, command, figure, flatten, knobs, label, labels
@@ -434,26 +433,6 @@ def test_frame_has_knobs_metrics_and_intervals(sweep: Path) -> None:
     assert "engine_start_s" not in frame  # only the failed cell has it
     pivot = frame.pivot(index="kernel", columns="scenario.max_batch", values="throughput_rps")
     assert pivot.loc["triton", 32] == 30
-
-
-def test_within_limit_needs_the_whole_interval_within() -> None:
-    def row(p99: float, low: float, high: float, rps: float, status: str = "OK") -> dict[str, Any]:
-        names = ("latency_ms/p99", "latency_ms/p99/low", "latency_ms/p99/high", "throughput_rps", "status")
-        return dict(zip(names, (p99, low, high, rps, status), strict=True)) | {"latency_limit_ms": 80.0}
-
-    nan = float("nan")
-    frame = pd.DataFrame(
-        [
-            row(70, 60, 79, 100),
-            row(50, 40, 60, 90),
-            row(79, 70, 81, 200),
-            row(90, 81, 99, 300),
-            row(nan, nan, nan, 400),
-            row(80, nan, nan, 95),
-            row(nan, nan, nan, nan, "OOM"),
-        ]
-    )
-    assert within_limit(frame).tolist() == ["yes", "yes", "unsure", "no", "p99 withheld", "unsure", "-"]
 
 
 def specs(*changes: dict[str, Any], overrides: list[str] | None = None) -> list[RunRecord]:

@@ -7,12 +7,16 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from functools import cache
+from importlib.metadata import packages_distributions
 
 import pytest
 from helpers import kept
 from helpers.checkout import ROOT, files
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 LAYERS = ("grkernels", "grengines", "grbench")  # each imports itself and those before it
 FOLDERS = {"grkernels": "kernels/", "grengines": "engines/", "grbench": ""}
@@ -100,6 +104,32 @@ def test_composing_stays_light(module: str) -> None:
     heavy = {"torch", "mlflow", "vllm", "transformers", "onnxruntime", "tensorrt", "triton", "pandas"}
     assert module in loaded
     assert not [name for name in loaded if name in heavy or name.endswith(".engine") or name == "grengines.base"]
+
+
+IMPORTED_AS = {
+    "cutlass": "nvidia-cutlass-dsl",
+    "tensorrt": "tensorrt-cu13",
+    "vllm": "vllm",
+}  # not installed, or on GPUs
+BROUGHT = {"cuda", "ml_dtypes", "onnx_ir", "sqlalchemy"}  # by packages that are never without them
+
+
+def test_a_user_gets_every_package_that_is_imported() -> None:
+    """An extra installs it, and not only the development tools."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [names for extra, names in project["optional-dependencies"].items() if extra != "dev"]
+    declared = {canonicalize_name(Requirement(name).name) for name in sum(extras, project["dependencies"])}
+    of, lacking = packages_distributions(), {}
+    for module, tree in modules().items():
+        for statement in statements(tree):
+            its = (
+                [statement.module or ""] if isinstance(statement, ast.ImportFrom) else [n.name for n in statement.names]
+            )
+            for top in {name.partition(".")[0] for name in its} - {*LAYERS, *sys.stdlib_module_names, *BROUGHT}:
+                found = [*of.get(top, []), IMPORTED_AS.get(top, top)]
+                if not declared & set(map(canonicalize_name, found)):
+                    lacking[top] = module
+    assert not lacking
 
 
 def test_the_map_names_every_folder() -> None:
