@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from grbench import __version__
 from grbench.execution.stats import percentile
+from grbench.report.cells import shown
 from grbench.serve.controller import Controller
 from grbench.serve.requests import metadata
+from grbench.workloads.config import FileConfig, WorkloadOptions
 from grkernels import tuning
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ def status(service: Service) -> dict[str, Any]:
         "task": deployment.task,
         "limits": deployment.limits,
         "workload": present.spec.workload.name if present else "",
+        "workload_overrides": _overrides(present.spec.workload) if present else [],
         "items": present.bounds.catalogue.num_items if present else 0,
         "state": "draining" if service.draining else "ready" if service.ready else "not ready",
         "up_s": round(time.monotonic() - service.begun, 1),
@@ -95,6 +98,15 @@ def status(service: Service) -> dict[str, Any]:
         "degrade": [asdict(step) for step in deployment.degrade],
         "kernels_compiled": len(tuning.compiled()),
     }
+
+
+def _overrides(workload: WorkloadOptions) -> list[str]:
+    """Return the overrides of a run that has this workload: all where the name has values of its own in conf/."""
+    values = {field.name: getattr(workload, field.name) for field in fields(workload) if field.name != "name"}
+    usual = type(workload)(path="") if isinstance(workload, FileConfig) else type(workload)()
+    every = workload.name != usual.name
+    changed = [f"workload.{name}={shown(its)}" for name, its in values.items() if every or its != getattr(usual, name)]
+    return [f"workload={workload.name}", *changed]
 
 
 def _strategy(strategy: Strategy) -> dict[str, Any]:

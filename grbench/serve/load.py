@@ -12,7 +12,7 @@ from grbench.config.arguments import Arguments, replaced
 from grbench.config.jobs import Job
 from grbench.config.schema import ConfigError
 from grbench.execution import command
-from grbench.workloads.config import DrawnConfig, FileConfig, WorkloadOptions
+from grbench.workloads.config import FileConfig, WorkloadOptions
 from grengines.remote.config import usual
 
 
@@ -58,8 +58,7 @@ def _require_servers(words: Sequence[str], jobs: Sequence[Job]) -> None:
                 continue
             if (key := repr(spec.workload)) not in items:
                 items[key] = _items(spec.workload, status["workload"])
-            drawn = spec.workload.name if isinstance(spec.workload, DrawnConfig) else ""
-            if asked := differences(status, spec.task, items[key], spec.seed, spec.model, spec.retrieval, drawn):
+            if asked := differences(status, spec.task, items[key], spec.seed, spec.model, spec.retrieval):
                 fixed = shlex.join(replaced(words, [word for _, its in asked for word in its]))
                 again = f"; type python -m grbench load {fixed}"
                 raise ConfigError(f"{key_of(place)}: {refusal(client.url, status, asked)}{again}")

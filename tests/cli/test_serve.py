@@ -514,11 +514,17 @@ def test_a_server_of_other_items_is_refused(server: Serving) -> None:
         engine.prepare(trace.requests, 1)
 
 
+SYNTHETIC = [  # the workload of TINY, in the order of the options
+    "workload=synthetic", "workload.num_candidates=8", "workload.max_history=48", "workload.users=20",
+    "workload.items=500", "workload.visits=40", "workload.history_median=12",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "words, asked, fixed",
     [
-        (["workload.items=400"], "a workload of 400 items", ["workload.items=500"]),
-        (["workload=ml_100k"], "a workload of 1682 items", ["workload=synthetic"]),
+        (["workload.items=400"], "a workload of 400 items", SYNTHETIC),
+        (["workload=ml_100k"], "a workload of 1682 items", SYNTHETIC),
         (["seed=3"], "weights: random, seed 3", ["seed=0"]),
         (["seed=3", "task=generate", *SEARCH], "task=generate, weights: random, seed 3", ["task=rank", "seed=0"]),
         (["model=hstu_0p2b", "seed=3"], "model=hstu_0p2b, weights: random, seed 3", ["model=hstu_tiny", "seed=0"]),

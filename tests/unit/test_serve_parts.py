@@ -31,8 +31,9 @@ from hypothesis import strategies as st
 from prometheus_client import generate_latest
 from uvicorn.server import ServerState
 
+from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError
-from grbench.serve import connections
+from grbench.serve import connections, describe
 from grbench.serve.costs import Costs, Kind
 from grbench.serve.errors import RefusedError
 from grbench.serve.exchange import HttpRequest, HttpResponse, Target
@@ -760,3 +761,17 @@ def test_a_call_goes_to_the_server_with_the_fewest_requests() -> None:
     with contextlib.ExitStack() as calls:
         assert [calls.enter_context(servers.least_loaded(size)) for size in (4, 1, 2, 1, 3)] == [1, 2, 0, 2, 0]
     assert [calls.enter_context(servers.least_loaded(1)) for _ in range(4)] == [1, 2, 0, 1]  # they end, and turns go on
+
+
+@pytest.mark.parametrize("name", ["csv", "ml_100k", "recbole", "synthetic", "synthetic_long", "synthetic_mlperf"])
+def test_a_status_has_the_overrides_of_the_workload(tmp_path: Path, name: str) -> None:
+    """They make the same workload, whatever was typed beside them."""
+    file = tmp_path / "events"
+    types = [":token", ":token", ":float"] if name == "recbole" else ["", "", ""]
+    file.write_text("\t".join(map("".join, zip(["user_id", "item_id", "timestamp"], types, strict=True))) + "\n")
+    words = [f"workload.path={file}", "workload.sort=true"] if name in ("csv", "recbole") else []
+    typed = [f"workload={name}", "workload.max_history=512", "workload.min_history=2", *words]
+    workload = compose_spec(["engine=hstu", *typed])[0].workload
+    found = describe._overrides(workload)
+    assert found[0] == f"workload={name}" and "workload.min_history=2" in found and set(words) <= set(found)
+    assert compose_spec(["engine=hstu", *found])[0].workload == workload

@@ -11,20 +11,17 @@ Difference = tuple[str, list[str]]  # what is asked, and the overrides that ask 
 
 
 def differences(
-    status: dict[str, Any], task: str, items: int | None, seed: int, model: Any, retrieval: Any, workload: str = ""
+    status: dict[str, Any], task: str, items: int | None, seed: int, model: Any, retrieval: Any
 ) -> list[Difference]:
     """Return what is asked and is not the server's. The gate compares the answers.
 
-    items: of the workload; None: not known yet. model: has a name and weights. retrieval: has weights. workload: its
-    name, where its number of items is an option.
+    items: of the workload; None: not known yet. model: has a name and weights. retrieval: has weights.
     """
     found: list[Difference] = []
     if status["task"] != task:
         found.append((f"task={task}", [f"task={status['task']}"]))
     if items not in (None, status["items"]):
-        drawn = workload == status["workload"]
-        its = f"workload.items={status['items']}" if drawn else f"workload={status['workload']}"
-        found.append((f"a workload of {items} items", [its]))
+        found.append((f"a workload of {items} items", status["workload_overrides"]))
     models = sorted({strategy.get("model", model.name) for strategy in status["strategies"]})
     if model.name not in models:
         found.append((f"model={model.name}", [f"model={models[0]}"]))
