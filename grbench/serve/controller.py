@@ -54,6 +54,7 @@ class Queued:
 
     request: Request
     deadline: float  # seconds, time.perf_counter
+    came: float | None  # when its call came; None: as it was queued
     choice: _Choice
     future: asyncio.Future[Done]
 
@@ -84,17 +85,20 @@ class Controller:
         """Finish what the strategies hold within the limit, and release them. Returns whether all are released."""
         return all(await asyncio.gather(*(s.close(limit_s) for s in self.strategies)))
 
-    async def answer(self, request: Request, deadline: float) -> Answer:
-        """Answer a request. deadline: seconds, time.perf_counter; may be infinite. Raises RefusedError."""
-        return await self.finish(self.begin(request, deadline))
+    async def answer(self, request: Request, deadline: float, came: float | None = None) -> Answer:
+        """Answer a request. Parameters as of `begin`. Raises RefusedError."""
+        return await self.finish(self.begin(request, deadline, came))
 
-    def begin(self, request: Request, deadline: float) -> Queued:
-        """Choose a strategy for a request and queue it there. Raises RefusedError."""
+    def begin(self, request: Request, deadline: float, came: float | None = None) -> Queued:
+        """Choose a strategy for a request and queue it there. Raises RefusedError.
+
+        deadline: seconds, time.perf_counter; may be infinite. came: when its call came; None: now.
+        """
         if self.pending >= self._max_queue:
             self._metrics.shed.labels("queue").inc()
             raise RefusedError(429, f"{self._max_queue} requests wait already (serve.max_queue)", self._clears_s())
         choice = self._choose(request, deadline)
-        return Queued(request, deadline, choice, self._submit(choice, deadline))
+        return Queued(request, deadline, came, choice, self._submit(choice, deadline, came))
 
     async def finish(self, begun: Queued) -> Answer:
         """Wait for the answer to a request, from other strategies if the first one fails. Raises RefusedError."""
@@ -113,7 +117,7 @@ class Controller:
                 following = self._following(tried, request, deadline, e, failed)
                 self._metrics.fallbacks.labels(choice.strategy.name, following.name, e.reason).inc()
                 choice = _Choice(following, request, "fallback")
-                future = self._submit(choice, deadline)
+                future = self._submit(choice, deadline, begun.came)
         step = choice.step or self._step_of(choice.strategy)
         answer = Answer(done, choice.strategy.name, choice.reason, failed=failed)
         if step is not None:
@@ -122,8 +126,8 @@ class Controller:
         return answer
 
     @staticmethod
-    def _submit(choice: _Choice, deadline: float) -> asyncio.Future[Done]:
-        return choice.strategy.submit(choice.request, choice.strategy.kind_of(choice.request), deadline)
+    def _submit(choice: _Choice, deadline: float, came: float | None) -> asyncio.Future[Done]:
+        return choice.strategy.submit(choice.request, choice.strategy.kind_of(choice.request), deadline, came)
 
     def _following(
         self, tried: set[Strategy], request: Request, deadline: float, error: FailedError, failed: Sequence[str]

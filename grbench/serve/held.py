@@ -53,12 +53,13 @@ class Done:
 
 @dataclass(slots=True)
 class Held:
-    """A request in the queue or in a batch. cost_s: what it adds to its batch."""
+    """A request in the queue or in a batch. cost_s: what it adds to its batch. before_s: from its call to the queue."""
 
     future: asyncio.Future[Done]
     kind: Kind
     cost_s: float
     deadline: float  # seconds, time.perf_counter
+    before_s: float = 0.0
 
     def fail(self, error: BaseException) -> None:
         """Give the request back, unless its client has left."""

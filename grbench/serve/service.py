@@ -180,7 +180,7 @@ class Service:
         begun_all: list[Queued] = []  # before anything is awaited: a reload would put another controller in place
         try:
             for request in requests:
-                begun_all.append(controller.begin(request, deadline))
+                begun_all.append(controller.begin(request, deadline, begun))
         except RefusedError:
             for one in begun_all:
                 one.future.cancel()
@@ -206,7 +206,7 @@ class Service:
             if e.status != 503 or self.present is None or self.present.controller is controller:
                 raise
             controller = self.present.controller
-            answer = await controller.answer(begun.request, begun.deadline)
+            answer = await controller.answer(begun.request, begun.deadline, begun.came)
         asyncio.get_running_loop().call_soon(self._count, controller, answer)  # once it is sent
         return answer
 

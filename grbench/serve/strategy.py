@@ -198,19 +198,25 @@ class Strategy:
         """Return the events that the user's cached state has, by the last answer; 0 without a cache."""
         return self._known.get(user, 0)
 
-    def submit(self, request: Request, kind: Kind, deadline: float = math.inf) -> asyncio.Future[Done]:
+    def submit(
+        self, request: Request, kind: Kind, deadline: float = math.inf, came: float | None = None
+    ) -> asyncio.Future[Done]:
         """Queue a request. The future raises FailedError if the strategy does not answer it.
 
         deadline: seconds, time.perf_counter. A request that waits longer, or whose future is cancelled, is dropped.
+        came: when its call came; None: now. Its batch closes as long after that as `scenario.max_wait_ms` says, so the
+        reading of the call is a part of this wait. `queue_ms` counts from here.
         """
         future: asyncio.Future[Done] = self._loop.create_future()
         if self.state is not State.READY or self._batcher is None:
             future.set_exception(FailedError("out", f"strategy {self.name} is {self.state}"))
             return future
         key, cost_s = next(self._keys), self.costs.each_s(kind)
-        self._held[key] = Held(future, kind, cost_s, deadline)
+        now = time.perf_counter()
+        came = now if came is None else came
+        self._held[key] = Held(future, kind, cost_s, deadline, now - came)
         self.waiting_s += cost_s
-        self._batcher.submit([Ticket(request, time.perf_counter(), key)])
+        self._batcher.submit([Ticket(request, came, key)])
         return future
 
     def _release(self, ticket: Ticket) -> Held | None:
@@ -263,7 +269,7 @@ class Strategy:
             one.future.set_result(
                 Done(
                     Reply(result.scores[i], items), ticket.request, cached, result.fallback, int(size),
-                    queued, batch, transfer, compute, engine_ms, self.generation,
+                    queued - one.before_s * 1e3, batch, transfer, compute, engine_ms, self.generation,
                 )
             )  # fmt: skip
         if kinds and not isinstance(result, Mixed):

@@ -98,9 +98,11 @@ class Continuous(Engine):
         return [Finished(key, r.candidates, s[:, 0], 1) for (key, r), s in zip(admitted.items(), found, strict=True)]
 
 
-def made(engine: Any, name: str = "one", serves: Serves | None = None, limit_s: float = 0.3) -> Strategy:
+def made(
+    engine: Any, name: str = "one", serves: Serves | None = None, limit_s: float = 0.3, wait_ms: float = 0.0
+) -> Strategy:
     """A strategy that serves with this engine."""
-    scenario = SimpleNamespace(order="fifo", max_batch=4, max_wait_ms=0.0, in_flight=1)
+    scenario = SimpleNamespace(order="fifo", max_batch=4, max_wait_ms=wait_ms, in_flight=1)
     spec: Any = SimpleNamespace(task="rank", seed=0, scenario=scenario, cache=SimpleNamespace(name="none"))
     trace: Any = SimpleNamespace(requests=[request(GOOD, i) for i in range(2)])
     one = Strategy(name, spec, serves or Serves(), trace, None, limit_s, Answered(), lambda strategy, what: None)
@@ -146,6 +148,18 @@ class Held(Engine):
     def _wait(self, requests: Sequence[Request]) -> None:
         self.sizes.append(len(requests))
         self.free.wait()
+
+
+def test_reading_a_call_is_a_part_of_its_wait_for_company() -> None:
+    async def work() -> None:
+        one = made(Engine(lambda requests: None), wait_ms=200.0)
+        at_once = await one.submit(request(), Kind(1))
+        assert at_once.queue_ms >= 200
+        long_ago = await controller(one).answer(request(), math.inf, time.perf_counter() - 0.15)
+        assert 0 < long_ago.done.queue_ms < 150  # 50 on an idle machine
+        await one.close(1.0)
+
+    run(work)
 
 
 async def held() -> tuple[Held, Strategy, asyncio.Task[str]]:
