@@ -115,7 +115,7 @@ def test_a_cell_without_a_record_is_named_with_what_became_of_it(
         signal.pause()
         raise AssertionError
 
-    monkeypatch.setattr(runner, "_work", work)
+    monkeypatch.setattr(runner._Work, "_measured", work)
     if (command := os.fork()) == 0:
         runner.run_cell(spec, run.runner, tmp_path / "0")
         os._exit(1)
@@ -127,7 +127,7 @@ def test_a_cell_without_a_record_is_named_with_what_became_of_it(
     assert left_out([tmp_path]) == [f"{tmp_path / '0'}: {why}"]
     with pytest.raises(ReportError, match=why):
         read_cells([tmp_path])
-    monkeypatch.setattr(runner, "_work", lambda *args: Outcome(Status.ERROR, "nothing ran"))
+    monkeypatch.setattr(runner._Work, "_measured", lambda self: (Outcome(Status.ERROR, "nothing ran"), None))
     runner.run_cell(spec, run.runner, tmp_path / "1")
     assert left_out([tmp_path]) == []
 
@@ -136,13 +136,13 @@ def test_two_cells_at_once_keep_two_records(tmp_path: Path, monkeypatch: pytest.
     spec, run = compose_spec(["engine=hstu", "tracking=none"])
     found: list[Path] = []
 
-    def work(*args: Any) -> Outcome:
+    def work(*args: Any) -> tuple[Outcome, None]:
         if not found:  # while the first measures, another process is asked for the same folder
             found.append(Path())
             found[0] = runner.run_cell(spec, run.runner, tmp_path / "0")[1]
-        return Outcome(Status.ERROR, "nothing ran")
+        return Outcome(Status.ERROR, "nothing ran"), None
 
-    monkeypatch.setattr(runner, "_work", work)
+    monkeypatch.setattr(runner._Work, "_measured", work)
     found.append(runner.run_cell(spec, run.runner, tmp_path / "0")[1])
     assert found == [tmp_path / "0.1", tmp_path / "0"]
     assert len(list(records.find(tmp_path))) == 2
