@@ -165,12 +165,12 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each file to one worker, and both files of vLLM to the same: it imports vLLM, which takes ten seconds."""
+    """Give each file to one worker, and all tests of vLLM to the same: it imports vLLM, which takes ten seconds."""
     from xdist.scheduler import LoadFileScheduling
 
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "vllm" if "/test_vllm" in nodeid else super()._split_scope(nodeid)
+            return "vllm" if "_vllm" in nodeid else super()._split_scope(nodeid)
 
     return Files(config, log)
 

@@ -66,8 +66,9 @@ def kept_plan(precision: str, target: str) -> Path:
 
 
 @needs_rtx
-@pytest.mark.parametrize("target", ["8.9", "12.0"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("precision", "target"), [*((precision, "8.9") for precision in PRECISIONS), ("fp16", "12.0"), ("fp8", "12.0")]
+)
 def test_every_precision_is_built_for_gpus_that_are_not_here(precision: str, target: str) -> None:
     folder = kept_plan(precision, target)
     phases = json.loads((folder / "phases.json").read_text())

@@ -128,8 +128,7 @@ from grkernels.hstu_attention.sm90.kernel import Attention
 from grkernels.hstu_attention.sm90.sizes import Tiles
 for number, (dtype, qk_dim, v_dim, tiles, page) in enumerate((
     (torch.bfloat16, 128, 128, Tiles(128, 128, 2, True, True), 0),
-    (torch.float16, 256, 256, Tiles(128, 64, 2, False, False), 32),
-    (torch.bfloat16, 64, 48, Tiles(64, 128, 3, False, False), 0),
+    (torch.float16, 64, 48, Tiles(64, 128, 3, False, False), 32),
     (torch.bfloat16, 256, 256, Tiles(64, 64, 2, False, False, True), 64),
 )):
     kernel = Attention(ELEMENTS[dtype], qk_dim, v_dim, tiles, page)
@@ -146,7 +145,7 @@ def test_cute_kernels_compile_for_hopper() -> None:
         ptx = (folder / f"{number}.ptx").read_text()
         assert all(wanted in ptx for wanted in ("wgmma.mma_async", "cp.async.bulk.tensor", "tanh.approx"))
         assert int(cubin_bytes) > 10_000
-    assert number == 3
+    assert number == 2
 
 
 def names(signature: Any, prefix: str = "") -> list[str]:
