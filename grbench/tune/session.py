@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 import shlex
 import sys
@@ -27,7 +28,7 @@ from grbench.tune.answer import Answer
 from grbench.tune.certification import certify
 from grbench.tune.config import Declared
 from grbench.tune.knowledge import Knowledge
-from grbench.tune.limits import Verdict
+from grbench.tune.limits import Limit, Verdict
 from grbench.tune.live import LiveEvaluator
 from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
 from grbench.tune.search import Search
@@ -170,8 +171,8 @@ class TuneSession:
         elif probe.rate is None:
             what = f"offline {outcome.metrics['throughput_rps']:.4g} requests/s"
         else:
-            limit = next(iter(self._declared.goal.limits), None)
-            figure = limit.shown(outcome) if limit else ""
+            limit = next(iter(self._declared.goal.limits), Limit("latency_ms/p99", math.inf))
+            figure = limit.shown(outcome)
             what = f"{'certifying at ' if probe.seed else ''}{probe.rate:g} requests/s: {figure}: {verdict}"
         best = self._knowledge.incumbent
         lead = (
