@@ -105,14 +105,14 @@ def vector_rows(x: Tensor) -> Tensor:
     return x if aligned and x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
-def supports(*, device: str, dtype: str, width: int, others: str = "torch, compile, triton", **dims: int) -> str | None:
+def supports(*, device: str, dtype: str, width: int, **dims: int) -> str | None:
     """Return None if rows are whole 16-byte vectors and the GPU is a Hopper, else the reason."""
     if dtype not in ("fp32", "fp16", "bf16"):
         return f"dtype {dtype} is none of fp32, fp16, bf16"
     if width % 8:
-        return f"width {width} is not a multiple of 8 (others: {others})"
+        return f"width {width} is not a multiple of 8 (torch, compile and triton take any)"
     if not device.startswith("cuda") or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        return f"CuTe DSL kernels need an NVIDIA GPU of compute capability 9.0 (elsewhere: {others})"
+        return "CuTe DSL kernels need an NVIDIA GPU of compute capability 9.0 (torch, compile and triton run elsewhere)"
     return None
 
 
