@@ -25,7 +25,7 @@ START = 0.05  # standard deviation of the tables at the start of training
 def start(model: HSTURanker | HSTUGenerator, seed: int) -> None:
     """Draw weights to train from: small tables, norms of 1, no biases.
 
-    Random tables of unit size, as a benchmark has them (`model.initialise`), would take long to forget.
+    Random tables of unit size, as a benchmark has them (`weights.fill`), would take long to forget.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -26,8 +26,8 @@ from grengines.cache.pool import PagePool
 from grengines.last_layer import LastLayer
 from grengines.models.hstu.config import HSTUConfig, not_read, one_level_only
 from grengines.models.hstu.head import FinalNorm
-from grengines.models.hstu.model import HSTULayer, allocate, initialise
-from grengines.models.hstu.weights import load_weights
+from grengines.models.hstu.model import HSTULayer
+from grengines.models.hstu.weights import fill
 from grengines.runtime import staging
 from grengines.runtime.batch import Bucket
 from grengines.runtime.group import Group
@@ -199,12 +199,7 @@ class HSTUGenerator(nn.Module):
         """
         with torch.device("meta"):
             model = cls(config, sizes, kernels)
-        allocate(model)
-        model.requires_grad_(False).eval()
-        if weights is None:
-            initialise(model, config, seed)
-        else:
-            load_weights(model, weights)
+        fill(model, weights, seed)
         return model.to(device=device, dtype=dtype)
 
     def prompt(self, tokens: np.ndarray) -> np.ndarray:

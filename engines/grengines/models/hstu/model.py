@@ -10,7 +10,6 @@ variant.py has what other owners' layers do otherwise, head.py what follows the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,7 @@ from grengines.cache.pool import PagePool
 from grengines.last_layer import LastLayer
 from grengines.models.hstu.config import HSTUConfig, not_read
 from grengines.models.hstu.head import Clock, FinalNorm, ItemMLP, activation
-from grengines.models.hstu.weights import load_weights
+from grengines.models.hstu.weights import fill
 from grengines.runtime.batch import Encoding, JaggedBatch
 from grengines.runtime.group import Group
 from grkernels.fp8 import STEP
@@ -138,40 +137,6 @@ class HSTULayer(nn.Module):
         return x if group is None else group.sum_(x)
 
 
-def allocate(model: nn.Module) -> None:
-    """Give a model that was made on the device "meta" its tensors on the CPU, without values.
-
-    As Module.to_empty, but without SymPy, which that imports for half a second.
-    """
-    tensors = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in model.state_dict().items()}
-    model.load_state_dict(tensors, assign=True)
-
-
-def initialise(model: nn.Module, config: HSTUConfig, seed: int) -> None:
-    """Draw uniform weights of the standard deviations below.
-
-    They give attention the weight that it has in a trained model. After LayerNorm, W of std 1/sqrt(E) gives q, k and v
-    of unit scale and scores of order 1. Divided by N, attention is at most about 1e-3, near sqrt(eps) of the LayerNorm
-    that follows. So u * LayerNorm(a) is comparable with u, and so is its part of the output. Norms and biases differ
-    from 1 and 0, so that a missing one is noticed.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        kind, _, leaf = name.rpartition(".")
-        if kind.endswith("norm"):
-            mean, std = (1.0, 0.1) if leaf == "weight" else (0.0, 0.1)
-        elif leaf == "bias":
-            mean, std = 0.0, 0.1
-        elif kind.endswith(".out"):
-            parts = 3 if config.choices.output == "concat" else 1
-            mean, std = 0.0, 1.0 / math.sqrt(p.shape[1] / parts)  # a third of its inputs, the attention itself, is tiny
-        elif leaf == "weight":
-            mean, std = 0.0, 1.0 / math.sqrt(p.shape[1])
-        else:  # tables: the item weighs most
-            mean, std = 0.0, 1.0 if leaf in ("token_table", "tower_table") else 0.5
-        p.uniform_(mean - math.sqrt(3) * std, mean + math.sqrt(3) * std, generator=generator)
-
-
 class HSTURanker(nn.Module):
     """The ranking model: scores of candidates, given a user's history.
 
@@ -237,12 +202,7 @@ class HSTURanker(nn.Module):
         """
         with torch.device("meta"):
             model = cls(config, catalogue, kernels)
-        allocate(model)
-        model.requires_grad_(False).eval()
-        if config.weights is None:
-            initialise(model, config, seed)
-        else:
-            load_weights(model, config.weights, mapped=["token_table"] if host_table else ())
+        fill(model, config.weights, seed, mapped=["token_table"] if host_table else ())
         if not host_table:
             return model.to(device=device, dtype=dtype)
         table = model.token_table

@@ -1,12 +1,14 @@
-"""Weights as safetensors files, which contain no executable code."""
+"""Weights: random ones, or those of safetensors files, which contain no executable code."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -46,6 +48,46 @@ def save_weights(
 def metadata_of(config: HSTUConfig) -> dict[str, str]:
     """Return what a weights file says of its model's options."""
     return {"format": _FORMAT, "model": json.dumps(header.shape_of(config))}
+
+
+def fill(model: HSTURanker | HSTUGenerator, weights: str | None, seed: int, mapped: Collection[str] = ()) -> None:
+    """Give a model that was made on the device "meta" weights on the CPU: those of a file, or random ones.
+
+    mapped: tensors that stay in the file. Raises ValueError for a file that doesn't fit.
+    """
+    # As Module.to_empty, but without SymPy, which that imports for half a second.
+    tensors = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in model.state_dict().items()}
+    model.load_state_dict(tensors, assign=True)
+    model.requires_grad_(False).eval()
+    if weights is None:
+        _initialise(model, seed)
+    else:
+        load_weights(model, weights, mapped=mapped)
+
+
+def _initialise(model: HSTURanker | HSTUGenerator, seed: int) -> None:
+    """Draw uniform weights of the standard deviations below.
+
+    They give attention the weight that it has in a trained model. After LayerNorm, W of std 1/sqrt(E) gives q, k and v
+    of unit scale and scores of order 1. Divided by N, attention is at most about 1e-3, near sqrt(eps) of the LayerNorm
+    that follows. So u * LayerNorm(a) is comparable with u, and so is its part of the output. Norms and biases differ
+    from 1 and 0, so that a missing one is noticed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        kind, _, leaf = name.rpartition(".")
+        if kind.endswith("norm"):
+            mean, std = (1.0, 0.1) if leaf == "weight" else (0.0, 0.1)
+        elif leaf == "bias":
+            mean, std = 0.0, 0.1
+        elif kind.endswith(".out"):
+            parts = 3 if model.config.choices.output == "concat" else 1
+            mean, std = 0.0, 1.0 / math.sqrt(p.shape[1] / parts)  # a third of its inputs, the attention itself, is tiny
+        elif leaf == "weight":
+            mean, std = 0.0, 1.0 / math.sqrt(p.shape[1])
+        else:  # tables: the item weighs most
+            mean, std = 0.0, 1.0 if leaf in ("token_table", "tower_table") else 0.5
+        p.uniform_(mean - math.sqrt(3) * std, mean + math.sqrt(3) * std, generator=generator)
 
 
 def load_weights(model: HSTURanker | HSTUGenerator, path: str | Path, mapped: Collection[str] = ()) -> None:
