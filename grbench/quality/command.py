@@ -81,7 +81,7 @@ def main(words: Sequence[str]) -> int:
             except (ValueError, OSError) as e:
                 raise e if isinstance(e, CommandError) else CommandError(" ".join(str(e).split())) from e
     except KeyboardInterrupt:
-        lost = "the figures of the others are lost, and the same command evaluates all again"
+        lost = "the rest is lost, and the same command evaluates all again"
         _say("grbench evaluate", f"interrupted with {len(found)} of {len(jobs)} configurations done; {lost}")
         raise
     finally:  # what is done is shown, whatever ends the rest

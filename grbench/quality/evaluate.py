@@ -83,6 +83,8 @@ def evaluate(spec: RunSpec, users: int, report: Report, watching: Watching) -> E
     if spec.task == "recommend" and (why := doubt_of_lists(spec.ranking_model.weights)):
         raise ConfigError(why)
     if spec.task == "rank":
+        if users:
+            raise ConfigError(f"--users {users}: to rank, set gate.quality_requests=NUMBER instead, the last requests")
         return _of_scores(spec, report, watching)
     return _of_lists(spec, users, report, watching)
 

@@ -70,7 +70,7 @@ def build(args: argparse.Namespace, spec: RunSpec, catalogue: Catalogue) -> None
     from grengines.tensorrt import sample
     from grengines.tensorrt.library import find
 
-    for name in ("history", "candidates", "batch"):
+    for name in ("history", "candidates", "batch", "profiles", "calibration"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: allowed is >= 1")
     if (args.history is None) != (args.candidates is None):

@@ -193,7 +193,7 @@ def test_an_evaluation_shows_how_far_it_is_and_a_stop_keeps_what_is_done(
     assert done.returncode == 128 + signal.SIGTERM
     for line in ("answers: 20 of 20, ", "answers of the same model in fp32: 20 of 20, "):
         assert f"engine.precision=bf16: {line}" in done.stderr
-    assert "interrupted with 1 of 2 configurations done; the figures of the others are lost" in done.stderr
+    assert "interrupted with 1 of 2 configurations done; the rest is lost, and the same" in done.stderr
     assert "| engine.precision=bf16 |" in done.stdout and "fp16" not in done.stdout
     [row] = json.loads((tmp_path / "found" / "results.json").read_text())["rows"]
     assert row["precision"] == "bf16"
@@ -453,6 +453,10 @@ def test_what_cannot_be_trained_is_refused(
             "the file does not say that each user's last events, which are to be found, were left out",
         ),
         (["engine=hstu", "--users", "-1"], "--users -1: allowed is >= 0"),
+        (
+            ["engine=hstu", "model.weights=walks.txt", "--users", "9"],
+            "--users 9: to rank, set gate.quality_requests=NUMBER instead, the last requests",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(

@@ -222,6 +222,8 @@ def test_the_command_builds_and_refuses(tmp_path: Path, capsys: pytest.CaptureFi
         (("--precision", "fp8", "--history", "20", "--candidates", "4"), 2, "fp8 needs a calibration set"),
         (("--history", "20"), 2, "--history and --candidates: give both, or none"),
         (("--history", "20", "--candidates", "0"), 2, "--candidates 0: allowed is >= 1"),
+        (("--profiles", "0", *workload), 2, "--profiles 0: allowed is >= 1"),
+        (("--calibration", "0", *workload), 2, "--calibration 0: allowed is >= 1"),
         (("--history", "20", "--candidates", "4", "--target", "9.0"), 3, "has no target 9.0"),
         (("workload=csv", "workload.path=none.csv"), 2, "none.csv: no such file"),
     ):
