@@ -620,7 +620,9 @@ def test_a_wrong_command_is_refused(grbench_here: Grbench, words: list[str], err
 
 def test_a_wrong_row_of_the_workload_ends_it_with_one_line(grbench_here: Grbench, tmp_path: Path) -> None:
     (tmp_path / "e.csv").write_text("userId,movieId,timestamp\n1,2,3\n1,x,soon\n")
-    done = grbench_here("serve", "engine=hstu", "workload=csv", "workload.path=e.csv", "serve.port=0")
+    done = grbench_here(
+        "serve", "engine=hstu", "workload=csv", "workload.path=e.csv", "serve.port=0", "serve.grpc_port=0"
+    )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("grbench serve: e.csv: row 3, column timestamp: 'soon' is not a")
 

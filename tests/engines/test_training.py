@@ -394,12 +394,12 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypa
 
 
 def test_the_time_ends_a_training_within_an_epoch(tmp_path: Path) -> None:
-    of = config(training={"epochs": 50, "minutes": 0.002, "batch": 4, "validate_every": 10})
+    of = config(training={"epochs": 50, "minutes": 0.02, "batch": 4, "validate_every": 10})
     steps: list[int] = []
 
     def slow(done: int, total: int, after_s: float) -> None:
         steps.append(total)
-        time.sleep(0.15)
+        time.sleep(1.3)
 
     state = loop.train(task_of(of), of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None, progress=slow)
     assert state.epochs == state.best_epoch == 1  # it was validated
