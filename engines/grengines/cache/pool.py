@@ -78,11 +78,6 @@ class PagePool:
         return pages | {f"{x}_scales": scales[i] for x, scales in zip("kv", self.all_scales, strict=False)}
 
     @property
-    def nbytes(self) -> int:
-        """Return the bytes of all pages, used or not."""
-        return self.pages * self.page_bytes
-
-    @property
     def available(self) -> int:
         """Return the number of free pages."""
         return len(self._free)
