@@ -86,13 +86,12 @@ def independent_samples(latencies_ms: npt.NDArray[np.float64], groups: npt.NDArr
 
     groups: [samples] the place of each sample's group in time, from 0. It is the variance of a count of independent
     samples below the percentile over that of these (Vehtari et al., "Rank-normalization, folding, and localization",
-    Bayesian Analysis 2021, section 4.3), with the sums of groups as a time series. The smaller one of the percentile
-    and of BODY counts, because the few samples above p99 do not show how long latencies stay alike. A lower one would
-    not tell: where a machine changes between two speeds, the median shows the speed, of which p99 shows little.
+    Bayesian Analysis 2021, section 4.3), with the sums of groups as a time series. The smallest of several
+    percentiles counts, because the few samples above p99 do not show how long latencies stay alike.
     """
     count, totals = len(latencies_ms), int(groups.max()) + 1
     ordered, worth = np.sort(latencies_ms), float(totals)
-    for level in {min(percent, BODY), percent}:
+    for level in {50.0, BODY, percent}:
         below = latencies_ms < ordered[_rank(count, level)]
         share = float(below.mean())
         sums = np.bincount(groups, below - share).astype(np.float64)
@@ -172,18 +171,27 @@ def samples_of_runs(runs: Sequence[npt.NDArray[np.float64]], percent: float) -> 
     for a sample below the percentile of all, the variance of the sum of x over one run is that of the sums of x less
     its mean over runs, added up and divided by (runs - 1). It is taken over the common prefix, and a longer run has as
     much a request. Where each run draws a trace of its own, the differences hold what traces vary, so that the same
-    holds for the percentile of all such traces. The smaller one of two percentiles counts, as in
-    `independent_samples`. A shift of a whole run is left out: `percentile_of_runs` counts it, at its own percentile.
+    holds for the percentile of all such traces. A shift of a whole run is left out: `percentile_of_runs` counts it, at
+    its own percentile.
+
+    The smallest of several percentiles counts, as in `independent_samples`. But where a machine changes between two
+    speeds, the median shows the speed, which says little of p99. So the median is left out if half of what the others
+    show is more: half, because the few samples above p99 of a machine that drifts may show too little of it.
     """
+    lower, body, upper = (_worth_at(runs, level) for level in (50.0, BODY, percent))
+    tail = min(body, upper)
+    return max(int(max(min(lower, tail), tail / 2)), 1)
+
+
+def _worth_at(runs: Sequence[npt.NDArray[np.float64]], percent: float) -> float:
+    """Return what runs are worth by their differences at one percentile, as `samples_of_runs` describes."""
     count, common = sum(map(len, runs)), min(map(len, runs))
-    values, worth = np.sort(np.concatenate(runs)), float(count)
-    for level in {min(percent, BODY), percent}:
-        below = np.stack([run[:common] < values[_rank(count, level)] for run in runs]).astype(np.float64)
-        share, noise = float(below.mean()), below - below.mean(axis=0)
-        noise -= noise.mean(axis=1, keepdims=True)
-        if variance := sum(float(its @ its) * _inflation(its) for its in noise) / (len(runs) - 1):
-            worth = min(worth, count * common * share * (1 - share) / variance)
-    return max(int(worth), 1)
+    value = np.sort(np.concatenate(runs))[_rank(count, percent)]
+    below = np.stack([run[:common] < value for run in runs]).astype(np.float64)
+    share, noise = float(below.mean()), below - below.mean(axis=0)
+    noise -= noise.mean(axis=1, keepdims=True)
+    variance = sum(float(its @ its) * _inflation(its) for its in noise) / (len(runs) - 1)
+    return min(count * common * share * (1 - share) / variance, count) if variance else float(count)
 
 
 def samples_for_interval(percent: float) -> int:

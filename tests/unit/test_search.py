@@ -499,7 +499,7 @@ def test_what_two_probes_plan_is_near_what_certifying_runs_are_worth(low: float,
         alone.append(own)
         true.append(stats.samples_of_runs(runs, 99.0) / (2 * count))
     near, before = (np.exp(np.log(its).mean() - np.log(true).mean()) for its in (planned, alone))
-    assert before < 1 and 0.5 < near < 2.0
+    assert before < 0.8 and 0.5 < near < 2.0
     assert all(0.1 < plan / truth < 6 for plan, truth in zip(planned, true, strict=True))
 
 

@@ -232,24 +232,30 @@ def _batches_of_16(rng: np.random.Generator, count: int, slowness: np.ndarray, b
     return latencies
 
 
-@pytest.mark.parametrize(("machine", "busy", "known"), [(_two_speeds, 0.3, 0.25), (_drift, 0.6, 0.0)])
-def test_p99_of_runs_on_a_machine_that_changes_is_seldom_proven_too_low(machine, busy: float, known: float) -> None:
+def test_p99_of_runs_on_a_machine_of_two_speeds_has_an_interval() -> None:
     """Runs of 10,000 requests, two at a time. The median's own worth would give none of them an interval."""
     rng = np.random.default_rng(16)
-    runs = [_batches_of_16(rng, 10_000, machine(rng, 2000), busy) for _ in range(120)]
+    runs = [_batches_of_16(rng, 10_000, _two_speeds(rng, 1500), 0.45) for _ in range(120)]
     truth = stats.percentile(np.concatenate(runs), 99.0)
     pairs = list(zip(runs[::2], runs[1::2], strict=True))
     found = [interval for pair in pairs if (interval := stats.percentile_of_runs(pair, 99.0)[2])]
-    assert len(found) >= known * len(pairs)
-    assert sum(high < truth for _, high in found) <= 0.05 * len(pairs)
-    medians = [stats.samples_of_runs(pair, 50.0) for pair in pairs]
-    assert np.median(medians) < stats.samples_for_interval(99.0) / 2
+    assert len(found) >= 8
+    assert sum(not low <= truth <= high for low, high in found) <= 0.05 * len(found)
+    medians = [stats._worth_at(pair, 50.0) for pair in pairs]
+    assert np.median(medians) < stats.samples_for_interval(99.0) / 4
 
 
-def test_p90_keeps_a_slow_machine_from_proving_p99(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats, "BODY", 99.0)
-    with pytest.raises(AssertionError, match=r"0\.05"):
-        test_p99_of_runs_on_a_machine_that_changes_is_seldom_proven_too_low(_drift, 0.6, 0.0)
+def test_p99_of_runs_on_a_machine_that_drifts_has_no_interval() -> None:
+    """Two runs of 10,000 requests are worth about 50, which p99 by itself does not show."""
+    rng = np.random.default_rng(17)
+    runs = [_batches_of_16(rng, 10_000, _drift(rng, 1500), 0.6) for _ in range(120)]
+    truth = stats.percentile(np.concatenate(runs), 99.0)
+    pairs = list(zip(runs[::2], runs[1::2], strict=True))
+    shares = np.array([float((run < truth).mean()) for run in runs])
+    assert 10 < 2 * 0.99 * 0.01 / shares.var() < 200
+    enough = stats.samples_for_interval(99.0)
+    assert np.mean([stats._worth_at(pair, 99.0) >= enough for pair in pairs]) > 0.4
+    assert np.mean([stats.samples_of_runs(pair, 99.0) >= enough for pair in pairs]) <= 0.1
 
 
 def test_noise_of_a_known_share_is_worth_what_its_variance_says() -> None:
