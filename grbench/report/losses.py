@@ -6,7 +6,7 @@ One record has the options of the deployment's first strategy. The other differs
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,10 @@ def options_of_spec(spec: RunSpec) -> dict[str, Any]:
     return options | {key: _precision_here(options, key) for key in _automatic(options)}
 
 
-def automatic(specs: Iterable[RunSpec]) -> dict[str, str]:
+def automatic(spec: RunSpec) -> dict[str, str]:
     """Return the precision here of each option that leaves it to the engine, by its key."""
-    every = [by_content(spec.to_dict(), {}) for spec in specs]
-    return {key: _precision_here(options, key) for options in every for key in _automatic(options)}
+    options = by_content(spec.to_dict(), {})
+    return {key: _precision_here(options, key) for key in _automatic(options)}
 
 
 def _automatic(options: Mapping[str, Any]) -> list[str]:
@@ -58,7 +58,8 @@ def _precision_here(options: Mapping[str, Any], key: str) -> str:
     engine = key.removesuffix(".precision")
     device = options.get(f"{engine}.device", "auto")
     on_gpu = device == "cuda" or (device == "auto" and bool(visible_gpus()))
-    return AUTO.get(options[engine], USUAL)[0 if on_gpu else 1]
+    name = options.get(engine) or options[f"{engine}.name"]  # a stage of a pipeline has the second
+    return AUTO.get(name, USUAL)[0 if on_gpu else 1]
 
 
 def with_losses(

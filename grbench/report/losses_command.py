@@ -38,9 +38,10 @@ def main(words: Sequence[str]) -> int:
         if not deployment.degrade:
             raise ConfigError(f"{args.file}: degrade: no step; write the steps first, without their losses")
         specs, cells = deployment.specs(args.file), read_cells([args.records])
-        for key, precision in automatic(specs.values()).items():
-            here = f"{key}=auto is {precision} on this machine; name the precision where another one serves"
-            print(f"grbench losses: {here}", file=sys.stderr)
+        for name, spec in specs.items():
+            for key, precision in automatic(spec).items():
+                here = f"strategy {name}: {key}=auto is {precision} on this machine"
+                print(f"grbench losses: {here}; name the precision where another one serves", file=sys.stderr)
         options = {name: options_of_spec(spec) for name, spec in specs.items()}
         deployment.degrade = with_losses(deployment, options, cells, args.records)
         deployments.save(deployment, args.file)

@@ -171,7 +171,34 @@ def test_a_precision_auto_is_as_the_option_of_the_engine_says(
     said = re.search(r"auto: (\w+)(?: on cuda, (\w+) on cpu)?", its.metadata["help"])
     assert said is not None
     expected = said[1] if gpus or said[2] is None else said[2]
-    assert losses.automatic([spec]) == {"engine.precision": expected}
+    assert losses.automatic(spec) == {"engine.precision": expected}
+
+
+@pytest.mark.parametrize("gpus, retrieve, rank", [([], "fp32", "fp32"), (["0"], "bf16", "fp16")])
+def test_each_stage_of_a_pipeline_has_a_precision_auto(
+    monkeypatch: pytest.MonkeyPatch, gpus: list[str], retrieve: str, rank: str
+) -> None:
+    monkeypatch.setattr(losses, "visible_gpus", lambda: gpus)
+    spec, _ = compose_spec(["task=recommend", "engine=pipeline", "engine@engine.rank=onnxruntime"])
+    expected = {"engine.retrieve.precision": retrieve, "engine.rank.precision": rank}
+    assert losses.automatic(spec) == expected
+    assert expected.items() <= options_of_spec(spec).items()
+
+
+def test_the_command_says_what_a_precision_auto_is_for_each_strategy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a GPU two engines have two precisions under one key."""
+    monkeypatch.setattr(losses, "visible_gpus", lambda: ["0"])
+    deployment, _ = rank(Step("short", max_history=8), half=["engine=onnxruntime"], engine__precision="auto")
+    deployments.save(deployment, tmp_path / "best.yaml")
+    with pytest.raises(CommandError, match="no record has "):
+        main([str(tmp_path / "best.yaml"), str(KEPT)])
+    advice = "on this machine; name the precision where another one serves"
+    assert capsys.readouterr().err.splitlines() == [
+        f"grbench losses: strategy ranker: engine.precision=auto is bf16 {advice}",
+        f"grbench losses: strategy half: engine.precision=auto is fp16 {advice}",
+    ]
 
 
 @pytest.mark.parametrize("lacking", ["base", "window", "age", "strategy"])
