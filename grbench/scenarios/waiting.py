@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -43,7 +44,8 @@ class Waiting:
 
     **No starvation.** A request is passed over by at most MOST_PASSED * max_batch younger ones, so it begins at most
     MOST_PASSED batches later than in order of arrival. Before a batch could exceed that, the request is next. Such
-    requests are always the oldest ones: whatever passes over a request passes over all older ones as well.
+    requests are the oldest ones, but for those that were queued late: whatever passes over a request passes over all
+    older ones as well.
 
     **Deadlines.** A request that has waited half of its deadline is next, the oldest such request before the others.
     One that has missed its deadline is useless already, and has no such right.
@@ -58,12 +60,17 @@ class Waiting:
         return len(self._queue)
 
     def add(self, tickets: Iterable[Ticket]) -> None:
-        self._queue.extend(tickets)
+        """Queue requests, each at its place by arrival: reading a large call may take longer than the one after it."""
+        for ticket in tickets:
+            if self._queue and ticket.arrived < self._queue[-1].arrived:
+                insort(self._queue, ticket, key=_arrival)
+            else:
+                self._queue.append(ticket)
 
     def put_back(self, tickets: Iterable[Ticket]) -> None:
         """Queue requests that were taken, each at its place by arrival."""
         if tickets := list(tickets):
-            self._queue = deque(sorted([*tickets, *self._queue], key=lambda ticket: ticket.arrived))
+            self._queue = deque(sorted([*tickets, *self._queue], key=_arrival))
 
     @property
     def oldest(self) -> Ticket:
@@ -112,6 +119,10 @@ class Waiting:
         longest = max(keys[place] for place in first)
         others = sorted(set(range(len(window))) - set(first), key=lambda p: (elders[p], abs(keys[p] - longest), p))
         return {*first, *others[: count - len(first)]}
+
+
+def _arrival(ticket: Ticket) -> float:
+    return ticket.arrived
 
 
 def _urgent(ticket: Ticket, now: float) -> bool:

@@ -54,7 +54,7 @@ class Queued:
 
     request: Request
     deadline: float  # seconds, time.perf_counter
-    came: float | None  # when its call came; None: as it was queued
+    came: float | None  # when its call was there; None: as it was queued
     choice: _Choice
     future: asyncio.Future[Done]
 
@@ -92,7 +92,7 @@ class Controller:
     def begin(self, request: Request, deadline: float, came: float | None = None) -> Queued:
         """Choose a strategy for a request and queue it there. Raises RefusedError.
 
-        deadline: seconds, time.perf_counter; may be infinite. came: when its call came; None: now.
+        deadline: seconds, time.perf_counter; may be infinite. came: when its call was there; None: now.
         """
         if self.pending >= self._max_queue:
             self._metrics.shed.labels("queue").inc()

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import math
 import random
+import time
 import traceback
 from collections.abc import Mapping
 from functools import lru_cache
@@ -163,9 +164,10 @@ class Api:
     async def _call(self, asked: HttpRequest) -> Call:
         """Read the call of a request. Raises RefusedError."""
         body, length = await self._body(asked), asked.headers.get(HEADER_LENGTH)
+        came = time.perf_counter()  # the time in which a client sends the body is no wait for company
         text = len(body) if length is None else json_length(length)  # tensors behind it are only looked at
         call = parse_call(body, length) if text <= INLINE else await asyncio.to_thread(parse_call, body, length)
-        call.client = asked.client
+        call.client, call.came = asked.client, came
         return call
 
     async def _infer(self, asked: HttpRequest) -> HttpResponse:

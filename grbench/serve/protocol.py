@@ -63,6 +63,7 @@ class Call:
     binary: bool = False  # the form of outputs that name none
     limit_s: float = math.inf  # the client's own deadline, from when the call has come
     client: str = ""  # name of the API key, for several clients
+    came: float | None = None  # when all of it was there, time.perf_counter; None: when it is queued
 
 
 def parse_call(body: bytes, header_length: str | None) -> Call:

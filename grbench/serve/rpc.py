@@ -185,7 +185,8 @@ class Rpc:
             tensors = await asyncio.to_thread(_tensors, request) if large else _tensors(request)
             left_s = context.time_remaining()
             limit_s = math.inf if left_s is None else left_s
-            call = Call(tensors, ident, parameters, outputs, True, limit_s, self._client_of(context))
+            came = counted.begun  # gRPC hands a call over once all of it is there
+            call = Call(tensors, ident, parameters, outputs, True, limit_s, self._client_of(context), came)
             tensors, facts = await self._service.infer(call, request.model_name, request.model_version, counted.begun)
             counted.answered(facts)
             return self._response(request, tensors, facts)

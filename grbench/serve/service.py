@@ -169,7 +169,10 @@ class Service:
     async def infer(
         self, call: Call, model: str, version: str, begun: float
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Answer a call. Returns tensors and parameters. begun: time.perf_counter. Raises RefusedError."""
+        """Answer a call. Returns tensors and parameters. Raises RefusedError.
+
+        begun: when the call began, time.perf_counter; its deadline counts from then.
+        """
         present = self.serving(model, version)
         controller = present.controller
         check_parameters(call.parameters, CALL_PARAMETERS)
@@ -180,7 +183,7 @@ class Service:
         begun_all: list[Queued] = []  # before anything is awaited: a reload would put another controller in place
         try:
             for request in requests:
-                begun_all.append(controller.begin(request, deadline, begun))
+                begun_all.append(controller.begin(request, deadline, call.came))
         except RefusedError:
             for one in begun_all:
                 one.future.cancel()

@@ -204,8 +204,8 @@ class Strategy:
         """Queue a request. The future raises FailedError if the strategy does not answer it.
 
         deadline: seconds, time.perf_counter. A request that waits longer, or whose future is cancelled, is dropped.
-        came: when its call came; None: now. Its batch closes as long after that as `scenario.max_wait_ms` says, so the
-        reading of the call is a part of this wait. `queue_ms` counts from here.
+        came: when all of its call was there; None: now. Its batch closes as long after that as `scenario.max_wait_ms`
+        says, so the reading of the call is a part of this wait. `queue_ms` counts from here.
         """
         future: asyncio.Future[Done] = self._loop.create_future()
         if self.state is not State.READY or self._batcher is None:

@@ -293,6 +293,19 @@ def test_a_client_that_does_not_send_its_body_is_refused(server: Serving) -> Non
     assert status.startswith("HTTP/1.1 408") and "serve.body_timeout_s" in body
 
 
+def test_a_body_that_comes_slowly_uses_up_no_wait_for_company(trace: Any) -> None:
+    body = json.dumps({"inputs": as_json(tensors_of(trace[1].requests[:1]))}).encode()
+    head = f"POST /v2/models/hstu_tiny/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    words = [*TINY, "engine=hstu", "scenario.max_wait_ms=300", "serve.grpc_port=null"]
+    with serving(*words) as server, socket.create_connection(("127.0.0.1", server.port)) as slow:
+        slow.sendall(head.encode())
+        time.sleep(0.4)
+        sent = time.perf_counter()
+        slow.sendall(body)
+        assert slow.recv(100).startswith(b"HTTP/1.1 200")
+        assert time.perf_counter() - sent >= 0.3
+
+
 def test_other_models_and_versions_are_not_found(server: Serving) -> None:
     status, answer, _ = server.call("/v2/models/other/infer", {"inputs": base()})
     assert status == 404 and answer["error"] == "model other: not served here; the model is hstu_tiny"

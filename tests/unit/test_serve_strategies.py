@@ -151,12 +151,16 @@ class Held(Engine):
 
 
 def test_reading_a_call_is_a_part_of_its_wait_for_company() -> None:
+    """A call that was read for a minute takes the one along that waits, and has no such minute in its queue_ms."""
+
     async def work() -> None:
-        one = made(Engine(lambda requests: None), wait_ms=200.0)
-        at_once = await one.submit(request(), Kind(1))
-        assert at_once.queue_ms >= 200
-        long_ago = await controller(one).answer(request(), math.inf, time.perf_counter() - 0.15)
-        assert 0 < long_ago.done.queue_ms < 150  # 50 on an idle machine
+        one = made(Engine(lambda requests: None), wait_ms=60_000.0)
+        waits = one.submit(request(), Kind(1))
+        await asyncio.sleep(0.05)
+        assert not waits.done()
+        long_ago = await controller(one).answer(request(), math.inf, time.perf_counter() - 60)  # `run` has 20 s
+        assert 0 < long_ago.done.queue_ms < 20_000
+        assert (await waits).batch_size == long_ago.done.batch_size == 2
         await one.close(1.0)
 
     run(work)

@@ -212,6 +212,16 @@ def test_the_batcher_orders_what_waits_behind_a_batch() -> None:
 
 
 @pytest.mark.parametrize("key", [None, events])
+def test_what_is_queued_late_is_at_its_place_by_arrival(key: Key | None) -> None:
+    """A server may have read a call sooner than one that came before it. Those of one call stay in order."""
+    waiting = Waiting(key, 6)
+    for number, arrived in enumerate((1.0, 3.0, 0.0, 2.0, 2.0)):
+        waiting.add([ticket(number, arrived)])
+    assert waiting.oldest.request.request_id == 2
+    assert [t.request.request_id for t in waiting.take(6, 10.0)] == [2, 0, 3, 4, 1]
+
+
+@pytest.mark.parametrize("key", [None, events])
 def test_what_is_put_back_is_at_its_place_again(key: Key | None) -> None:
     waiting = Waiting(key, 3)
     waiting.add(ticket(n, float(n), events=n % 2) for n in range(7))
