@@ -25,9 +25,12 @@ def _width() -> int:
 
 
 def replaced(words: Sequence[str], by: Sequence[str]) -> list[str]:
-    """Return overrides with those of `by` at their end, instead of those of the same keys."""
+    """Return overrides with those of `by` at their end, instead of those of the same keys and of options under them.
+
+    Another choice of a group, such as `workload=ml_100k`, need not have the options of the one before.
+    """
     keys = {_key(word) for word in by}
-    return [*(word for word in words if _key(word) not in keys), *by]
+    return [*(word for word in words if not any(f"{_key(word)}.".startswith(f"{key}.") for key in keys)), *by]
 
 
 def _key(word: str) -> str:

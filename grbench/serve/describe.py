@@ -84,6 +84,7 @@ def status(service: Service) -> dict[str, Any]:
         "workload": present.spec.workload.name if present else "",
         "workload_overrides": _overrides(present.spec.workload) if present else [],
         "items": present.bounds.catalogue.num_items if present else 0,
+        "actions": present.bounds.catalogue.num_actions if present else 0,
         "state": "draining" if service.draining else "ready" if service.ready else "not ready",
         "up_s": round(time.monotonic() - service.begun, 1),
         "calls": figures.calls,

@@ -13,6 +13,8 @@ from grbench.config.jobs import Job
 from grbench.config.schema import ConfigError
 from grbench.execution import command
 from grbench.workloads.config import FileConfig, WorkloadOptions
+from grbench.workloads.events import DataError
+from grengines.api import Catalogue
 from grengines.remote.config import usual
 
 
@@ -43,9 +45,9 @@ def _require_servers(words: Sequence[str], jobs: Sequence[Job]) -> None:
     """
     from grengines.remote.client import FOREIGN, NO_ANSWER, UNKNOWN_CALLER, ServerError
     from grengines.remote.engine import KEY, START, clients_of, key_of
-    from grengines.remote.served import differences, refusal
+    from grengines.remote.served import differences, overrides, refusal
 
-    items: dict[str, int | None] = {}  # of each workload, which takes a second to read
+    catalogues: dict[str, Catalogue] = {}  # of each workload, which takes a second to read
     for spec, run in (job.config for job in jobs):
         for place, client in enumerate(clients_of(run.engine) if run.runner.cluster == "none" else ()):
             try:
@@ -56,19 +58,24 @@ def _require_servers(words: Sequence[str], jobs: Sequence[Job]) -> None:
                 continue
             if not status["strategies"]:
                 continue
-            if (key := repr(spec.workload)) not in items:
-                items[key] = _items(spec.workload, status["workload"])
-            if asked := differences(status, spec.task, items[key], spec.seed, spec.model, spec.retrieval):
-                fixed = shlex.join(replaced(words, [word for _, its in asked for word in its]))
+            known = None
+            # A file is not read where the server has one too: it may take long, and the cell compares them.
+            if not (isinstance(spec.workload, FileConfig) and spec.workload.name == status["workload"]):
+                if (key := repr(spec.workload)) not in catalogues:
+                    catalogues[key] = _catalogue(spec.workload)
+                known = catalogues[key]
+            if asked := differences(status, spec.task, known, spec.seed, spec.model, spec.retrieval):
+                fixed = shlex.join(replaced(words, overrides(asked)))
                 again = f"; type python -m grbench load {fixed}"
                 raise ConfigError(f"{key_of(place)}: {refusal(client.url, status, asked)}{again}")
 
 
-def _items(workload: WorkloadOptions, of_server: str) -> int | None:
-    """Return the items of a workload; None for a file where the server has one too: to read it may take long."""
-    if isinstance(workload, FileConfig) and workload.name == of_server:
-        return None
-    return workloads.catalogue(workload).num_items
+def _catalogue(workload: WorkloadOptions) -> Catalogue:
+    """Return the catalogue of a workload. Raises ConfigError for unusable data."""
+    try:
+        return workloads.catalogue(workload)
+    except DataError as e:
+        raise ConfigError(str(e)) from None
 
 
 def as_run(words: Sequence[str]) -> list[str]:

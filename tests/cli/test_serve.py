@@ -35,6 +35,7 @@ from helpers.serving import (
     wait_until,
 )  # fmt: skip
 
+from grbench.config.arguments import replaced
 from grbench.execution.records import Status
 from grbench.report.frame import read_cells
 from grengines import registry
@@ -43,6 +44,7 @@ from grengines.hstu.engine import HSTUEngine
 from grengines.remote.client import Client, ServerError
 from grengines.remote.config import RemoteConfig
 from grengines.remote.engine import RemoteRanker
+from grengines.remote.served import differences, overrides, refusal
 from grengines.runtime.native import native
 from grkernels import registry as kernel_registry
 from grkernels import timing
@@ -519,10 +521,10 @@ def test_a_server_of_other_items_is_refused(server: Serving) -> None:
     spec, trace = tiny_trace("workload.items=400")
     engine = registry.build(RemoteConfig(url=server.url), spec.model, spec.kernel, trace.catalogue, 0)
     asked = "a workload of 400 items; set workload=synthetic"
-    serves = rf"engine.url: {server.url} serves task=rank on workload=synthetic with 500 items: hstu \(hstu, fp32\) of"
+    serves = rf"engine.url: {server.url} serves task=rank on workload=synthetic with 500 items and 4 actions: hstu \("
     with pytest.raises(
         ValueError,
-        match=rf"{serves} hstu_tiny, weights: .*\. Asked was {asked}",
+        match=rf"{serves}hstu, fp32\) of hstu_tiny, weights: .*\. Asked was {asked}",
     ):
         engine.prepare(trace.requests, 1)
 
@@ -537,7 +539,7 @@ SYNTHETIC = [  # the workload of TINY, in the order of the options
     "words, asked, fixed",
     [
         (["workload.items=400"], "a workload of 400 items", SYNTHETIC),
-        (["workload=ml_100k"], "a workload of 1682 items", SYNTHETIC),
+        (["workload=ml_100k"], "a workload of 1682 items and 2 actions", SYNTHETIC),
         (["seed=3"], "weights: random, seed 3", ["seed=0"]),
         (["seed=3", "task=generate", *SEARCH], "task=generate, weights: random, seed 3", ["task=rank", "seed=0"]),
         (["model=hstu_0p2b", "seed=3"], "model=hstu_0p2b, weights: random, seed 3", ["model=hstu_tiny", "seed=0"]),
@@ -555,9 +557,82 @@ def test_a_load_that_the_server_does_not_serve_is_refused_before_anything_runs(
     typed = [word for word in [f"url={server.url}", *same, *words] if word.partition("=")[0] not in keys]
     command = shlex.join(["python", "-m", "grbench", "load", *typed, *fixed])
     assert done.stderr == (
-        f"grbench load: engine.url: {server.url} serves task=rank on workload=synthetic with 500 items: hstu (hstu, "
-        f"fp32) of hstu_tiny, weights: random, seed 0. Asked was {asked}; type {command}\n"
+        f"grbench load: engine.url: {server.url} serves task=rank on workload=synthetic with 500 items and 4 actions: "
+        f"hstu (hstu, fp32) of hstu_tiny, weights: random, seed 0. Asked was {asked}; type {command}\n"
     )
+
+
+def events(file: Path, items: int, columns: str = "user_id,item_id,timestamp", last: str = "") -> list[str]:
+    """Write events of two users on N items, and return the overrides that read them."""
+    rating = ",4" * columns.count("rating")
+    lines = [f"{user},{item},{item * 5000}{rating}" for user in (1, 2) for item in range(items)]
+    file.write_text("\n".join([columns, *lines, last, ""]))
+    return ["workload=csv", f"workload.path={file}"]
+
+
+QUICK = ["scenario=offline", "scenario.queries=16", "tracking=none", "latency_limit_ms=5000", "model=hstu_tiny"]
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_the_command_of_a_refused_load_runs(server: Serving, grbench_here: Grbench, tmp_path: Path) -> None:
+    """Options that only the refused workload has are not in it."""
+    words = [*events(tmp_path / "log.csv", 9), "workload.sort=true"]
+    done = grbench_here("load", f"url={server.url}", *words, *QUICK)
+    assert done.returncode == 2
+    _, command = done.stderr.rstrip().split("; type python -m grbench ")
+    assert "workload=csv" not in command and "workload.users=20" in command
+    done = grbench_here(*shlex.split(command))
+    assert done.returncode == 0, done.stderr
+    [(_, record)] = read_cells([Path("outputs")])
+    assert record.status is Status.OK and record.spec["workload"]["name"] == "synthetic"
+
+
+def test_a_load_of_other_actions_is_refused(server: Serving, grbench_here: Grbench, tmp_path: Path) -> None:
+    """The items are as many as the server's, and each of its calls would be refused or wrong."""
+    words = events(tmp_path / "log.csv", 500, "user_id,item_id,timestamp,rating")
+    done = grbench_here("load", f"url={server.url}", *words, *QUICK)
+    assert done.returncode == 2 and not (tmp_path / "outputs").exists()
+    assert f". Asked was a workload of 2 actions; type python -m grbench load url={server.url} " in done.stderr
+
+
+def test_a_load_of_a_file_that_is_not_readable_is_refused(
+    server: Serving, grbench_here: Grbench, tmp_path: Path
+) -> None:
+    words = events(tmp_path / "log.csv", 9, last="1,3,soon")
+    done = grbench_here("load", f"url={server.url}", *words, *QUICK)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"grbench load: {tmp_path}/log.csv: ")
+    assert "soon" in done.stderr
+
+
+def test_a_file_counts_for_each_server_of_a_load(server: Serving, grbench_here: Grbench, tmp_path: Path) -> None:
+    """The first server has a file too, which leaves the comparison to the cell; the second has none."""
+    words = events(tmp_path / "log.csv", 40)
+    with serving(*words, "engine=hstu", *QUICK[3:], "gate.requests=2", "serve.grpc_port=null") as other:
+        done = grbench_here("load", f"url={other.url}", f"url={server.url}", *words, *QUICK)
+    assert done.returncode == 2 and not (tmp_path / "outputs").exists()
+    assert f"grbench load: engine.more_urls: {server.url} serves task=rank on workload=synthetic with" in done.stderr
+
+
+def test_a_status_of_an_older_server_is_enough(server: Serving) -> None:
+    spec, trace = tiny_trace("workload.items=400")
+    status = Client(server.url).status()
+    del status["workload_overrides"], status["actions"]
+    asked = differences(status, "rank", trace.catalogue, 0, spec.model, spec.retrieval)
+    assert asked == [("a workload of 400 items", ["workload=synthetic"])]
+    assert "serves task=rank on workload=synthetic with 500 items: hstu (" in refusal(server.url, status, asked)
+
+
+def test_another_model_is_asked_for_with_its_weights(server: Serving) -> None:
+    """A choice of `model` drops what was typed under it."""
+    spec, trace = tiny_trace()
+    status = Client(server.url).status()
+    status["strategies"][0]["weights"] = "theirs.safetensors"
+    model = replace(spec.model, name="hstu_0p2b", weights="mine.safetensors")
+    asked = differences(status, "rank", trace.catalogue, 0, model, spec.retrieval)
+    assert asked == [("model=hstu_0p2b", ["model=hstu_tiny", "model.weights=theirs.safetensors"])]
+    typed = ["seed=0", "model=hstu_0p2b", "model.weights=mine.safetensors", "model.num_layers=2"]
+    assert replaced(typed, overrides(asked)) == ["seed=0", "model=hstu_tiny", "model.weights=theirs.safetensors"]
 
 
 def test_a_server_of_another_task_or_seed_is_refused(server: Serving) -> None:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from grengines.api import GenerateResult, RankResult, RecommendResult, Request, Setup, Tier, UnavailableError
 from grengines.remote.client import NO_ANSWER, UNKNOWN_CALLER, Answers, Client, ServerError
 from grengines.remote.config import RemoteConfig
-from grengines.remote.served import differences, refusal, strategies
+from grengines.remote.served import differences, overrides, refusal, strategies
 
 COARSEST = ("fp8", "int8", "bf16", "fp16", "fp32")
 START = "start one: grbench serve engine=hstu"
@@ -81,9 +81,9 @@ class RemoteEngine:
                 raise UnavailableError(
                     f"{key_of(place)}: {e}; {KEY if e.status == UNKNOWN_CALLER else START}"
                 ) from None
-            of, items = self._setup, self._setup.catalogue.num_items
-            if asked := differences(status, self.task, items, of.seed, of.model, of.retrieval):
-                words = " ".join(word for _, its in asked for word in its)
+            of = self._setup
+            if asked := differences(status, self.task, of.catalogue, of.seed, of.model, of.retrieval):
+                words = " ".join(overrides(asked))
                 raise ValueError(f"{key_of(place)}: {refusal(client.url, status, asked)}; set {words}")
             self._status = self._status or status
             if (there := strategies(status)) != (first := strategies(self._status)):

@@ -2,42 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from grengines.api import RANDOM
+from grengines.api import RANDOM, Catalogue
 
 PARTS = {"rank": ["model"], "generate": ["retrieval"], "recommend": ["retrieval", "model"]}  # whose weights a task has
+SIZES = ("items", "actions")  # of a catalogue that have to be the server's, as its status names them
 Difference = tuple[str, list[str]]  # what is asked, and the overrides that ask for the server's instead
 
 
 def differences(
-    status: dict[str, Any], task: str, items: int | None, seed: int, model: Any, retrieval: Any
+    status: dict[str, Any], task: str, catalogue: Catalogue | None, seed: int, model: Any, retrieval: Any
 ) -> list[Difference]:
     """Return what is asked and is not the server's. The gate compares the answers.
 
-    items: of the workload; None: not known yet. model: has a name and weights. retrieval: has weights.
+    catalogue: of the workload; None: not known yet. model: has a name and weights. retrieval: has weights.
+    status: may lack what servers of older versions do not say.
     """
     found: list[Difference] = []
     if status["task"] != task:
         found.append((f"task={task}", [f"task={status['task']}"]))
-    if items not in (None, status["items"]):
-        found.append((f"a workload of {items} items", status["workload_overrides"]))
-    models = sorted({strategy.get("model", model.name) for strategy in status["strategies"]})
-    if model.name not in models:
-        found.append((f"model={model.name}", [f"model={models[0]}"]))
+    if sizes := _other_sizes(status, catalogue):
+        its = status.get("workload_overrides", [f"workload={status['workload']}"])
+        found.append((f"a workload of {' and '.join(sizes)}", its))
     theirs = sorted({one for strategy in status["strategies"] if (one := strategy["weights"])})
     parts = PARTS[status["task"]]
     given = {"model": getattr(model, "weights", None), "retrieval": getattr(retrieval, "weights", None)}
     own = "; ".join(dict.fromkeys(given[part] or f"{RANDOM}{seed}" for part in parts))
+    weights = _weights(theirs[0], parts, given) if theirs else []
+    models = sorted({strategy.get("model", model.name) for strategy in status["strategies"]})
+    if model.name not in models:  # the weights of the one that was asked for do not fit
+        file = [word for word in weights if word.startswith("model.")]
+        found.append((f"model={model.name}", [f"model={models[0]}", *file]))
     if theirs and _random(own) not in map(_random, theirs):
-        found.append((f"weights: {own}", _weights(theirs[0], parts, given)))
+        found.append((f"weights: {own}", weights))
     return found
+
+
+def overrides(asked: Sequence[Difference]) -> list[str]:
+    """Return the overrides that ask for what the server has, each once."""
+    return list(dict.fromkeys(word for _, its in asked for word in its))
 
 
 def refusal(url: str, status: dict[str, Any], asked: list[Difference]) -> str:
     """Return what a server serves and what is asked instead, in one line that ends with what was asked."""
     weights = "; ".join(dict.fromkeys(one for strategy in status["strategies"] if (one := strategy["weights"])))
-    what = f"task={status['task']} on workload={status['workload']} with {status['items']} items: {strategies(status)}"
+    sizes = " and ".join(f"{status[name]} {name}" for name in SIZES if name in status)
+    what = f"task={status['task']} on workload={status['workload']} with {sizes}: {strategies(status)}"
     return f"{url} serves {what}{', weights: ' if weights else ''}{weights}. Asked was {', '.join(a for a, _ in asked)}"
 
 
@@ -46,6 +58,14 @@ def strategies(status: dict[str, Any]) -> str:
     return ", ".join(
         f"{s['name']} ({s['engine']}, {s['precision']}) of {status['model']}" for s in status["strategies"]
     )
+
+
+def _other_sizes(status: dict[str, Any], catalogue: Catalogue | None) -> list[str]:
+    """Return the sizes of a catalogue that are not the server's, in words."""
+    if catalogue is None:
+        return []
+    own = {name: getattr(catalogue, f"num_{name}") for name in SIZES}
+    return [f"{count} {name}" for name, count in own.items() if count != status.get(name, count)]
 
 
 def _weights(theirs: str, parts: list[str], given: dict[str, str | None]) -> list[str]:
