@@ -67,8 +67,8 @@ def run_scenario(
     mode each request is issued once, in LoadGen's order; raises IncorrectError where its log lacks an answer.
 
     folder: for the load generator's logs. progress: called after each batch with the number of requests answered so
-    far, on a thread of the request loop. watch: called before it with the batch's requests, answers and size; what it
-    raises ends the scenario.
+    far. watch: called before it with the batch's requests, answers and size; what it raises ends the scenario. Both are
+    called on a thread of the request loop, or on LoadGen's where it waits for each batch, as in `single_stream`.
     """
     wake_on_time()
     accuracy = None

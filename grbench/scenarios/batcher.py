@@ -46,14 +46,14 @@ def all_wanted(tickets: list[Ticket]) -> tuple[list[Ticket], list[Ticket]]:
 
 
 class RequestLoop:
-    """Threads that answer submitted requests and keep a row of each.
+    """Threads that answer submitted requests and keep a row of each. Without any, the thread that submits does.
 
-    `watch` and then `answered` are called on one of the threads at a time, with requests that ended together: a client
-    that sends its next request upon an answer does not wait for the check within that request. If the engine or one of
-    them raises, `failure` holds the exception, `stopped` is set and no further batch begins. `later` holds one that a
-    batch under way raises after that. key: which requests go
-    together (grbench.scenarios.waiting); None: they go in order of arrival. wanted: is asked about the requests that
-    are taken next, on one of the threads; those that it leaves out of both its lists are not answered.
+    `watch` and then `answered` are called on one of these threads at a time, with requests that ended together: a
+    client that sends its next request upon an answer does not wait for the check within that request. If the engine or
+    one of them raises, `failure` holds the exception, `stopped` is set and no further batch begins. `later` holds one
+    that a batch under way raises after that. key: which requests go together (grbench.scenarios.waiting); None: they go
+    in order of arrival. wanted: is asked about the requests that are taken next, on one of these threads; those that it
+    leaves out of both its lists are not answered.
     """
 
     def __init__(

@@ -322,8 +322,8 @@ def test_a_signal_while_a_kept_engine_is_closed_ends_its_worker(
     assert kept._worker is not None
     worker = kept._worker.pid
     late = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    late.start()
     with pytest.raises(KeyboardInterrupt):
+        late.start()
         kept.close()
     kept.close()
     late.join()
