@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -88,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if min(args.places) < 1:
         parser.error(f"--places {min(args.places)}: allowed is at least 1")
+    if find_spec("optuna") is None:
+        parser.error("package optuna is not installed, and one strategy is its; pip install 'grbench[experiments]'")
     rows = common.Rows(args, __file__, arguments)
     try:
         grid = load(args.grid)

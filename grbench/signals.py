@@ -69,7 +69,7 @@ def raised() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
+def deferred() -> Iterator[None]:
     """Put a signal of `ENDING` off until the end of this block, which keeps a result. Then its handler is called."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from grbench.config.arguments import CommandError
-from grbench.config.compose import CONFIG_DIR, explain, help_text, plan_jobs
+from grbench.config.compose import CONFIG_DIR, all_read, explain, help_text, plan_jobs
 from grbench.config.jobs import Invocation, Job, Session
 from grbench.config.schema import ConfigError
 
@@ -34,7 +34,7 @@ def run(
     check: Callable[[DictConfig], Any],
     new_session: Callable[[Job, Invocation], Session],
     require: Callable[[Sequence[Job]], None] = lambda jobs: None,
-    unread: Callable[[Any], Mapping[str, str]] = lambda config: {},
+    unread: Callable[[Any], Mapping[str, str]] = all_read,
 ) -> int:
     """Run the command `python -m <program> <words>`, whose configuration is conf/<config_name>.yaml.
 

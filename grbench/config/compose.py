@@ -57,21 +57,22 @@ def prepare_hydra() -> None:
     OmegaConf.register_new_resolver("grbench_subcommands", summaries, replace=True)
 
 
-def compose_spec(overrides: Sequence[str], config_dir: str | None = None) -> tuple[RunSpec, RunConfig]:
-    """Compose one cell from Hydra overrides, which may set options that it does not read. Raises ConfigError.
+def all_read(config: Any) -> dict[str, str]:
+    """Take every option as read, so that any may be set: instead of `unread`."""
+    return {}
 
-    config_dir: folder of the user's own YAML files.
+
+def compose_spec(
+    overrides: Sequence[str], config_dir: str | None = None, refuse_unread: bool = False
+) -> tuple[RunSpec, RunConfig]:
+    """Compose one cell from Hydra overrides. Raises ConfigError.
+
+    config_dir: folder of the user's own YAML files. refuse_unread: refuse options that the cell does not read, for
+    overrides that a user typed.
     """
     prepare_hydra()
-    return compose_jobs("config", to_spec, overrides, config_dir=config_dir)[0]
-
-
-def compose_cells(
-    overrides: Sequence[str], multirun: bool = False, config_dir: str | None = None
-) -> list[tuple[RunSpec, RunConfig]]:
-    """Compose and check every cell that a command line describes, without running any. Raises ConfigError."""
-    prepare_hydra()
-    return [job.config for job in plan_jobs("config", to_spec, overrides, multirun, config_dir, unread=unread)[1]]
+    refused = unread if refuse_unread else all_read
+    return compose_jobs("config", to_spec, overrides, config_dir=config_dir, unread=refused)[0]
 
 
 def compose_jobs(
@@ -80,9 +81,10 @@ def compose_jobs(
     overrides: Sequence[str],
     multirun: bool = False,
     config_dir: str | None = None,
+    unread: Callable[[Any], Mapping[str, str]] = all_read,
 ) -> list[Checked]:
     """Return `check(cfg)` for every job of a command line; see `plan_jobs`. Raises ConfigError."""
-    return [job.config for job in plan_jobs(config_name, check, overrides, multirun, config_dir)[1]]
+    return [job.config for job in plan_jobs(config_name, check, overrides, multirun, config_dir, unread=unread)[1]]
 
 
 def compose_many(combinations: Sequence[Sequence[str]], config_dir: str | None = None) -> list[DictConfig | str]:
@@ -145,7 +147,7 @@ def plan_jobs(
     multirun: bool = False,
     config_dir: str | None = None,
     report: Callable[[str], None] = lambda line: None,
-    unread: Callable[[Any], Mapping[str, str]] = lambda config: {},
+    unread: Callable[[Any], Mapping[str, str]] = all_read,
 ) -> tuple[Invocation, list[Job]]:
     """Compose and check every job of a command line. Raises ConfigError if one of them cannot be.
 

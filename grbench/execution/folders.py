@@ -23,7 +23,7 @@ def unused(folder: Path) -> Iterator[Path]:
     """Hold `folder`, or the first of folder.1, folder.2, ... that has no record and that no other process holds."""
     for name in itertools.chain([folder.name], (f"{folder.name}.{i}" for i in itertools.count(1))):
         path = folder.with_name(name)
-        with _held(path) as mine:
+        with _claimed(path) as mine:
             if mine and not (path / RECORD_FILE).exists():  # looked for only now: the one before may just have ended
                 yield path
                 return
@@ -32,7 +32,7 @@ def unused(folder: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def only_writer(folder: Path, option: str) -> Iterator[None]:
     """Hold `folder`. Raises ConfigError, with the option that names another folder, if another process holds it."""
-    with _held(folder) as mine:
+    with _claimed(folder) as mine:
         if not mine:
             where = os.path.relpath(folder)
             raise ConfigError(f"{where}: another command is writing there; wait for it, or set {option}=FOLDER")
@@ -80,7 +80,7 @@ def left_out(roots: Sequence[Path]) -> list[str]:
     begun = dict.fromkeys(folder for root in roots for folder in records.without_record(root))
     measured = [record.spec for root in roots for _, record in records.find(root)] if begun else []
     for folder in begun:
-        with _held(folder) as mine:
+        with _claimed(folder) as mine:
             if not mine:
                 lines.append(f"{folder}: its cell is being measured")
             elif _spec_of(folder) not in measured:
@@ -110,7 +110,7 @@ def require_writable(folder: Path, typed: str, fix: str) -> None:
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[bool]:
+def _claimed(folder: Path) -> Iterator[bool]:
     """Make a folder and hold it until the end of the block, or of this process; yield False if another one holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

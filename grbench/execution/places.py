@@ -33,7 +33,7 @@ from grbench.execution.kept import engine_key
 from grbench.execution.records import RECORD_FILE, Outcome, RunRecord, Status
 from grbench.execution.runner import lost
 from grbench.execution.workers import Event
-from grbench.signals import held
+from grbench.signals import deferred
 
 END_S = 30.0  # for a place to stop its worker and keep the record
 TOPOLOGY = Path("/sys/devices/system/cpu")
@@ -227,7 +227,7 @@ class Places:
                     self._idle.remove(place)
                 else:
                     place = part.start()
-                with held():  # a job that is submitted is known, and a signal ends it
+                with deferred():  # a job that is submitted is known, and a signal ends it
                     place.give(self._waiting[0])
                     self._waiting.popleft()
                     self._busy.append(place)
@@ -296,7 +296,7 @@ class Places:
 
     def _read(self, place: Place) -> None:
         """Take what a place has said, and give its part other cells once it has none."""
-        with held():  # what has ended is in no other list, and its place does not say so again
+        with deferred():  # what has ended is in no other list, and its place does not say so again
             ended = place.read(self._stopping)
             for cell, folder, record in ended:
                 cell.on_end(folder, record)

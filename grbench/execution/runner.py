@@ -20,7 +20,7 @@ from grbench.execution.environment import describe_environment
 from grbench.execution.load import LoadWatch, with_load
 from grbench.execution.records import LOG_FILE, Outcome, RunRecord, Status
 from grbench.execution.workers import Event, KeptWorker, Worker
-from grbench.signals import ENDING, Stopped, held
+from grbench.signals import ENDING, Stopped, deferred
 
 STARTING = "it started"  # before a worker has reported a step
 MOST_LEFT = 4096  # bytes: a disk with less left is full
@@ -61,7 +61,7 @@ def run_cell(
         while record is None:  # again after a signal, which may come at any moment
             try:
                 outcome = outcome or work.outcome()
-                with held():
+                with deferred():
                     record = _record(
                         spec,
                         outcome,
@@ -197,7 +197,7 @@ def lost(
     facts: fields of the environment of that process that are not as here. ran_s: seconds that the cell ran until now.
     """
     started = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=ran_s)
-    with folders.unused(folder) as folder, held():
+    with folders.unused(folder) as folder, deferred():
         record = _record(
             spec,
             outcome,

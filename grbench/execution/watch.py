@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from grbench.execution.clock import SILENCE_S, at_most_every, pace
 
-Show = Callable[..., None]  # takes (done, total), or the seconds of what follows the total as a third number
+Show = Callable[..., None]  # takes (done, total), and if given the seconds of what follows
 
 
 def unseen(done: float, total: float) -> None:

@@ -71,7 +71,7 @@ def main(words: Sequence[str]) -> int:
             name = " ".join(word for word in job.overrides if word not in common) or job.config[0].engine.name
             try:
                 evaluation = _evaluated(name, job, wanted, args.users)
-                with signals.held():
+                with signals.deferred():
                     found.append((name, evaluation))
                     if args.out:
                         results.save(args.out, facts, [_row(*one) for one in found])

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grbench import deployment
-from grbench.config.compose import compose_cells, explain
+from grbench.config.compose import compose_spec, explain
 from grbench.config.schema import ConfigError, RunConfig
 from grbench.deployment import Deployment, Strategy
 from grbench.execution.files import require_weights
@@ -168,7 +168,7 @@ def deployment_of(file: str | None, overrides: Sequence[str]) -> Deployment:
     """Return the deployment of a command line: the file's, or one strategy of the overrides. Raises ConfigError."""
     if file is not None:
         return deployment.load(file)
-    spec, _ = compose_cells(overrides)[0]
+    spec, _ = compose_spec(overrides, refuse_unread=True)
     require_weights(spec)
     own = [word for word in overrides if not word.startswith("task=")]
     is_limited = spec.latency_limit_ms != RunConfig.latency_limit_ms or any(

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from grbench.config.arguments import Arguments, CommandError
-from grbench.config.compose import compose_cells
+from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError, RunSpec
 from grbench.execution.records import one_line
 from grbench.scenarios.config import OfflineConfig, ScenarioConfig
@@ -79,7 +79,7 @@ def main(words: Sequence[str]) -> int:
     """Run the command. Exit codes: 0 done, 1 the engine cannot run, 2 the configuration is wrong, 130 Ctrl-C."""
     args = parser().parse_intermixed_args(words)
     words = ["engine=hstu", "scenario=single_stream", *args.overrides]
-    spec, _ = compose_cells(words, config_dir=args.config_dir)[0]
+    spec, _ = compose_spec(words, args.config_dir, refuse_unread=True)
     if spec.task != "rank":
         raise ConfigError(f"task={spec.task}: the overhead is measured with engines that rank; allowed: rank")
     if args.repeats < 1:

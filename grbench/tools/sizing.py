@@ -282,10 +282,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(words: Sequence[str]) -> int:
     """Print the parameters and the cost of requests with several history lengths; for a pipeline, of both stages."""
-    from grbench.config.compose import compose_cells
+    from grbench.config.compose import compose_spec
 
     args = parser().parse_intermixed_args(words)
-    spec, _ = compose_cells(args.overrides, config_dir=args.config_dir)[0]
+    spec, _ = compose_spec(args.overrides, args.config_dir, refuse_unread=True)
     for flag, value in (("--items", args.items), ("--memory-gib", args.memory_gib)):
         if value is not None and not value > 0:
             raise ConfigError(f"{flag} {value}: allowed is > 0")

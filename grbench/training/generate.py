@@ -177,7 +177,7 @@ class GenerateTask:
         return figures
 
     def answers(self) -> list[np.ndarray]:
-        """Return the best items for the last event of each user: by item vectors, K of them outside his past."""
+        """Return the best items for the last event of each user: by item vectors, K of them outside their past."""
         users, levels = self._split.users, self.ids.levels
         most = K + max(map(len, self._split.pasts(users)))
         k = min(most, len(self.ids.codes)) if levels == 1 else max(self._config.retrieval.beam_width, K)
@@ -275,7 +275,7 @@ def _times(requests: Sequence[Request]) -> Tensor:
 def _histories(split: LeaveOneOut, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the items to train on in windows of at most `most`, int64 [windows, n], their times, and their lengths.
 
-    Windows of a user begin at the end of his events and share one item, so each item but the first is predicted once.
+    Windows of a user begin at the end of their events and share one item, so each item but the first is predicted once.
     """
     events, kept, windows = split.events, split.training, []
     for a, b in pairwise(split.bounds):

@@ -110,7 +110,7 @@ class TrainSession(RowSession):
         seconds = time.perf_counter() - started
         figures |= {"best_epoch": float(state.best_epoch), "epochs": float(state.epochs), "training_s": seconds}
         known |= {"identity": identity, "test": figures, "parameters": parameters}
-        with signals.held():  # weights without the record of their training would be refused the next time
+        with signals.deferred():  # weights without the record of their training would be refused the next time
             self._save(folder, task, events, ids)
             file = results.save(folder, known, state.history)
             (folder / loop.CHECKPOINT).unlink(missing_ok=True)

@@ -66,7 +66,7 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
     known: set[str] = set()  # options that some combination has
     taken: set[tuple[str, str]] = set()  # options with a value that some combination takes
     refused: dict[tuple[str, str], str] = {}  # why a combination does not
-    held_by: set[tuple[str, str]] = set()  # those that are in range in some configuration
+    in_range: set[tuple[str, str]] = set()  # those whose value is in range in some configuration
     read: set[str] = set()  # fixed overrides and options that some configuration reads
     idle: dict[str, str] = {}  # those that one does not read, with the line that refuses them
     found: dict[Configuration, tuple[RunSpec, RunConfig]] = {}
@@ -86,9 +86,9 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
             continue
         mine = {}
         for key, texts in options.items():
-            if (held := _typed(cfg, key, texts)) is None:
+            if (typed_values := _typed(cfg, key, texts)) is None:
                 continue
-            mine[key], wrong = held
+            mine[key], wrong = typed_values
             taken |= {(key, text) for text in mine[key]}
             refused |= {(key, text): reason for text, reason in wrong.items()}
             left_out.update(dict.fromkeys(wrong.values(), count // len(texts)))
@@ -97,7 +97,7 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
                 left_out[problem] += 1
                 refused |= {pair: problem for pair in configuration.values if problem.startswith(f"{pair[0]}=")}
                 continue
-            held_by |= set(configuration.values)
+            in_range |= set(configuration.values)
             try:
                 lines = idle_words([*fixed, *configuration.words], unread((spec_of(changed), changed)))
                 reads, spec = _without_idle(configuration, changed, run)
@@ -113,7 +113,7 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
         [refusal] = compose_many([[*composed, f"{misspelt[0]}={options[misspelt[0]][0]}"]], config_dir)
         if isinstance(refusal, str):  # the line that a run has for it
             raise ConfigError(refusal)
-    if never := [reason for value, reason in refused.items() if value not in taken & held_by and value[0] in typed]:
+    if never := [reason for value, reason in refused.items() if value not in taken & in_range and value[0] in typed]:
         raise ConfigError(never[0])
     if unused := [line for what, line in idle.items() if what not in read and (what in typed or what in fixed)]:
         raise ConfigError(unused[0])
@@ -238,8 +238,8 @@ def _unlike_default(configuration: Configuration, axes: Axes, run: RunConfig) ->
             continue
         default = values[0]
         if not _is_group(key):
-            held = _select(run, key)
-            shown = held if isinstance(held, str) else json.dumps(held)
+            value = _select(run, key)
+            shown = value if isinstance(value, str) else json.dumps(value)
             default = next((v for v in values if v == shown or _number(v) == _number(shown) is not None), default)
         unlike += text != default
     return unlike, order

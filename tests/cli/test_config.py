@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,9 +28,18 @@ import grbench
 from grbench import workloads
 from grbench.cli import main
 from grbench.config import composition, malformed
-from grbench.config.compose import CONFIG_DIR, compose_cells, compose_spec, explain, plan_jobs, prepare_hydra
+from grbench.config.compose import CONFIG_DIR, compose_jobs, compose_spec, explain, plan_jobs, prepare_hydra
 from grbench.config.reference import ROOTS, reference
-from grbench.config.schema import ConfigError, batching, schemas, spec_from_json, spec_to_json, to_spec
+from grbench.config.schema import (
+    ConfigError,
+    RunConfig,
+    RunSpec,
+    batching,
+    schemas,
+    spec_from_json,
+    spec_to_json,
+    to_spec,
+)
 from grbench.config.unread import unread
 from grbench.execution.files import require_files
 from grbench.workloads import load_events
@@ -244,8 +253,14 @@ def test_a_folder_that_cannot_be_made_is_one_line(
     assert f": {option}=taken: Not a directory; set {option} to a folder" in error
 
 
+def cells_of(overrides: Sequence[str], sweep: bool = True) -> list[tuple[RunSpec, RunConfig]]:
+    """Compose the cells of a command line as a user typed it."""
+    prepare_hydra()
+    return compose_jobs("config", to_spec, overrides, sweep, unread=unread)
+
+
 def test_a_sweep_is_expanded_as_hydra_does() -> None:
-    cells = list(compose_cells(["scenario=offline,server", "seed=range(0,3)"], multirun=True))
+    cells = cells_of(["scenario=offline,server", "seed=range(0,3)"])
     assert [(spec.scenario.name, spec.seed) for spec, _ in cells] == [
         (name, seed) for name in ("offline", "server") for seed in range(3)
     ]
@@ -272,7 +287,7 @@ def test_a_sweep_over_a_group_takes_a_key_that_the_groups_default_lacks(
 ) -> None:
     monkeypatch.chdir(Path(events).parent)
     group, _, names = swept.partition("=")
-    cells = compose_cells([swept, *fixed], multirun=True)
+    cells = cells_of([swept, *fixed])
     assert [getattr(spec, group).name for spec, _ in cells] == names.split(",")
     key, _, value = fixed[0].partition("=")
     assert [str(getattr(getattr(spec, group), key.split(".")[1])) for spec, _ in cells] == [value] * 2
@@ -302,8 +317,8 @@ def test_a_sweep_takes_a_glob() -> None:
 def test_an_option_of_the_whole_sweep_is_not_swept_over(word: str) -> None:
     key = word.partition("=")[0]
     with pytest.raises(ConfigError, match=rf"^{key}=\w+: {key} is an option of the whole sweep"):
-        compose_cells(["engine=hstu", "seed=0,1", word], multirun=True)
-    assert len(compose_cells(["engine=hstu", "seed=0,1", word.partition(",")[0]], multirun=True)) == 2
+        cells_of(["engine=hstu", "seed=0,1", word])
+    assert len(cells_of(["engine=hstu", "seed=0,1", word.partition(",")[0]])) == 2
 
 
 def test_combinations_that_cannot_be_are_refused_by_name_or_left_out() -> None:
@@ -401,7 +416,7 @@ def test_an_option_that_no_combination_has_is_refused_with_the_nearest(more: lis
 def test_a_malformed_word_is_explained_with_what_works(word: str, line: str) -> None:
     for words, sweep in (([word], False), (["engine=hstu", word], True)):
         with pytest.raises(ConfigError) as caught:
-            compose_cells(words, multirun=sweep)
+            cells_of(words, sweep)
         assert str(caught.value).startswith(f"{word}: {line}")
 
 
@@ -416,7 +431,7 @@ def test_what_is_written_instead_is_accepted() -> None:
 @pytest.mark.parametrize("word", ["seed=range(3,1)", "model=glob(nothing*)"])
 def test_a_sweep_over_nothing_names_the_option(word: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        compose_cells(["engine=hstu", word], multirun=True)
+        cells_of(["engine=hstu", word])
     assert str(caught.value).startswith(f"{word}: it has no value; give at least one, {word.partition('=')[0]}=")
 
 
@@ -520,20 +535,20 @@ def test_an_option_that_a_cell_does_not_read_is_refused_where_it_is_typed(
     typed = words.split()
     line = f"{typed[-1]}: {why}"
     with pytest.raises(ConfigError) as caught:
-        compose_cells(typed)
+        compose_spec(typed, refuse_unread=True)
     assert str(caught.value).startswith(line)
     with pytest.raises(ConfigError) as caught:  # no cell of a sweep reads it either
-        compose_cells([*typed, "seed=1,2"], multirun=True)
+        cells_of([*typed, "seed=1,2"])
     assert str(caught.value).replace("True", "true").startswith(line)
-    assert compose_cells(typed[:-1])
+    assert compose_spec(typed[:-1], refuse_unread=True)
 
 
 def test_accuracy_issues_the_requests_that_have_a_truth() -> None:
     words = ["engine=hstu", "scenario=offline", "scenario.mode=accuracy", "model.tasks=[rated,liked]"]
     words.append(f"model.weights={RANKER}")
     with pytest.raises(ConfigError, match=r"^scenario\.queries=9: .* issues gate\.quality_requests; set that$"):
-        compose_cells([*words, "scenario.queries=9"])
-    assert compose_cells([*words, "gate.quality_requests=9"])
+        compose_spec([*words, "scenario.queries=9"], refuse_unread=True)
+    assert compose_spec([*words, "gate.quality_requests=9"], refuse_unread=True)
 
 
 def test_files_may_set_what_a_cell_does_not_read(tmp_path: Path) -> None:
@@ -542,7 +557,7 @@ def test_files_may_set_what_a_cell_does_not_read(tmp_path: Path) -> None:
     (tmp_path / "mine" / "study").mkdir()
     study = tmp_path / "mine" / "study" / "both.yaml"
     study.write_text("# @package _global_\nretrieval: {k: 3, beam_width: 3}\n")
-    assert compose_cells(["engine=hstu", "study=both"], config_dir=str(tmp_path / "mine"))
+    assert compose_spec(["engine=hstu", "study=both"], str(tmp_path / "mine"), refuse_unread=True)
 
 
 @pytest.mark.parametrize("missing", [None, "package vllm is not installed; pip install vllm"])

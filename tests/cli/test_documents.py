@@ -20,7 +20,9 @@ from grbench import cli
 from grbench.cachesim import config as cachesim
 from grbench.completion import HYDRA
 from grbench.config.arguments import CommandError
-from grbench.config.compose import compose_cells, compose_jobs
+from grbench.config.compose import compose_jobs, compose_spec, prepare_hydra
+from grbench.config.schema import to_spec
+from grbench.config.unread import unread
 from grbench.kernelbench import config as kernels
 from grbench.quality import trained
 from grbench.serve import load
@@ -97,7 +99,7 @@ def check(words: Sequence[str]) -> None:
     elif name == "tune":
         tune.declare(overrides)
     elif overrides:
-        compose_cells(first_of(["engine=hstu", *overrides] if name in NATIVE else overrides))
+        compose_spec(first_of(["engine=hstu", *overrides] if name in NATIVE else overrides), refuse_unread=True)
 
 
 def check_all(pages: dict[tuple[str, ...], str]) -> None:
@@ -190,9 +192,13 @@ def test_the_programs_of_the_documentation_are_right(
     """Programs with the Python API run: their cells are composed, and have the records of other cells."""
     monkeypatch.chdir(tmp_path)
     numbers = itertools.count()
+    prepare_hydra()
 
     def run(overrides: Sequence[str], *, sweep: bool = False) -> list[grbench.RunRecord]:
-        folders = (tmp_path / "outputs" / str(next(numbers)) for _ in compose_cells(overrides, multirun=sweep))
+        folders = (
+            tmp_path / "outputs" / str(next(numbers))
+            for _ in compose_jobs("config", to_spec, overrides, sweep, unread=unread)
+        )
         return [write_cell(folder, f"seed={folder.name}") for folder in folders]
 
     monkeypatch.setattr(grbench, "run", run)

@@ -282,7 +282,7 @@ def test_a_signal_between_the_work_and_its_record_loses_neither(
             raise signals.pop()
 
     monkeypatch.setattr(runner._Work, "outcome", lambda self: records.Outcome(Status.OK))
-    monkeypatch.setattr(runner, "held", late)
+    monkeypatch.setattr(runner, "deferred", late)
     with pytest.raises(runner.Interrupted) as interrupted:
         runner.run_cell(spec, run.runner, tmp_path / "cell")
     assert interrupted.value.number == signal.SIGTERM

@@ -128,8 +128,8 @@ from grkernels.hstu_attention.sm90.kernel import Attention
 from grkernels.hstu_attention.sm90.sizes import Tiles
 for number, (dtype, qk_dim, v_dim, tiles, page) in enumerate((
     (torch.bfloat16, 128, 128, Tiles(128, 128, 2, True, True), 0),
-    (torch.float16, 64, 48, Tiles(64, 128, 3, False, False), 32),
-    (torch.bfloat16, 256, 256, Tiles(64, 64, 2, False, False, True), 64),
+    (torch.float16, 256, 256, Tiles(128, 64, 2, False, False), 32),
+    (torch.bfloat16, 256, 48, Tiles(64, 64, 2, False, False, True), 64),
 )):
     kernel = Attention(ELEMENTS[dtype], qk_dim, v_dim, tiles, page)
     made = compile_kernel(kernel, options="--keep-ptx --keep-cubin --dump-dir " + sys.argv[1])

@@ -258,7 +258,7 @@ from grkernels.cute_common import ELEMENTS, compile_kernel
 from grkernels.hstu_attention.sm90.kernel import Attention
 from grkernels.hstu_attention.sm90.sizes import Tiles
 for kind, dim, tiles, page in (
-    ("int8", 128, Tiles(128, 64, 2, False, False), 64),
+    ("int8", 256, Tiles(128, 64, 2, False, False), 64),
     ("fp8", 128, Tiles(64, 128, 2, False, False, True), 16),
 ):
     kernel = Attention(ELEMENTS[torch.bfloat16], dim, dim, tiles, page, kind)

@@ -201,7 +201,7 @@ def test_lists_with_and_without_the_past() -> None:
     popular = lists.baselines()["popularity"]
     # Events to train on: 1 2, 7, 1 2, 4. So the order is 1 2 4 7, then the others by their number: 0 3 5 6 8 9.
     assert popular["hr5"].value == 0.5  # 4 of the first and the last user
-    # Without the past the first has 4 7 0 5 6 left, the third 4 7 0 3 6, and the last has lost his target.
+    # Without the past the first has 4 7 0 5 6 left, the third 4 7 0 3 6, and the last has lost its target.
     assert popular["hr5_new"].value == 0.5
     assert popular["mrr5_new"].value == pytest.approx((1 + 1 / 5) / 4)
 

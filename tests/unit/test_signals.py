@@ -59,7 +59,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
 
 def test_a_signal_waits_for_the_end_of_what_is_kept() -> None:
     done = False
-    with signals.raised(), pytest.raises(signals.Stopped, match="SIGTERM"), signals.held():
+    with signals.raised(), pytest.raises(signals.Stopped, match="SIGTERM"), signals.deferred():
         signal.raise_signal(signal.SIGTERM)
         done = True
     assert done

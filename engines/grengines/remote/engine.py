@@ -81,8 +81,8 @@ class RemoteEngine:
                 raise UnavailableError(
                     f"{key_of(place)}: {e}; {KEY if e.status == UNKNOWN_CALLER else START}"
                 ) from None
-            of = self._setup
-            if asked := differences(status, self.task, of.catalogue, of.seed, of.model, of.retrieval):
+            mine = self._setup
+            if asked := differences(status, self.task, mine.catalogue, mine.seed, mine.model, mine.retrieval):
                 words = " ".join(overrides(asked))
                 raise ValueError(f"{key_of(place)}: {refusal(client.url, status, asked)}; set {words}")
             self._status = self._status or status

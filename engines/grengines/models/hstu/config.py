@@ -188,7 +188,7 @@ def one_level_only(config: HSTUConfig, levels: int) -> str | None:
 
 
 def stale_states(config: HSTUConfig) -> str | None:
-    """Return None if keys and values of a user's history stay valid at his next visit, else why they do not."""
+    """Return None if keys and values of a user's history stay valid at their next visit, else why they do not."""
     c, reason = config.choices, ""
     if c.encoder == "end":
         reason = "model.encoder=end counts positions and times back from the request, so each visit changes every token"
@@ -197,7 +197,7 @@ def stale_states(config: HSTUConfig) -> str | None:
     elif c.min_full_attn_seq_len and config.max_attn_len:
         reason = f"model.min_full_attn_seq_len={c.min_full_attn_seq_len} widens the window of a user's last events only"
     elif config.contextual_seq_len and c.contextual_from:
-        reason = f"model.contextual_from={c.contextual_from} changes a user's first tokens when he has enough events"
+        reason = f"model.contextual_from={c.contextual_from} changes a user's first tokens when there are enough events"
     if not reason:
         return None
     return f"{reason}: states of earlier visits would be stale; set cache=none, or model.variant={DEFAULT}"
