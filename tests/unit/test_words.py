@@ -148,6 +148,12 @@ def test_readme_stays_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
 
 
+def test_unreleased_changes_stay_short() -> None:
+    """They say what differs from the last release, not what happened since: see CONTRIBUTING.md."""
+    unreleased = re.split(r"(?m)^## ", (ROOT / "CHANGELOG.md").read_text())[1]
+    assert len(unreleased.splitlines()) <= 150, "join or drop unreleased entries; did a merge keep old ones?"
+
+
 def test_rows_of_tables_name_the_model_with_mlperfs_layers_as_like_it() -> None:
     faults = [
         f"{path}:{number}: say DLRM-v3-like where a row begins with dlrm_v3"
