@@ -127,7 +127,8 @@ class Place(ABC):
             self.lives = False
             if not self.cells:  # a signal came after its last one had ended
                 return []
-            stopped = Outcome(Status.INTERRUPTED, "a signal ended the command before the cell ran")
+            before = "the cell ran" if self._began is None else "the record of the cell came"
+            stopped = Outcome(Status.INTERRUPTED, f"a signal ended the command before {before}")
             return [self._lost(stopped if stopping else Outcome(Status.KILLED, f"{self._how()}; run it again"))]
         self._runs = True
         *lines, self._pending = (self._pending + chunk).split(b"\n")
@@ -143,11 +144,7 @@ class Place(ABC):
             return None
         if event["signal"]:
             self.lives = False
-        try:
-            folder = self._bring(Path(event["done"]))
-        except PartError as e:
-            self.lives = False
-            return self._lost(Outcome(Status.KILLED, f"{e}; run it again"))
+        folder = self._bring(Path(event["done"]))
         record = records.load(folder / RECORD_FILE)
         if record.status is Status.INTERRUPTED and not stopping:  # the command goes on
             how = f"{signal.Signals(event['signal']).name} ended the process that measured it{self._where()}"
@@ -171,7 +168,10 @@ class Place(ABC):
         return cell.folder.absolute()
 
     def _bring(self, folder: Path) -> Path:
-        """Return the folder here with what the process wrote for its cell into a folder. Raises PartError."""
+        """Return the folder here with what the process wrote for its cell into a folder.
+
+        It waits for no other machine, because signals are put off meanwhile.
+        """
         return folder
 
     @abstractmethod

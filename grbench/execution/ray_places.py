@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import logging
 import os
 import platform
@@ -24,6 +25,7 @@ import tarfile
 import tempfile
 import threading
 import uuid
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib.util import find_spec
@@ -275,12 +277,22 @@ class _RayPlace(Place):
         self._ray, self._actor, self._host, self._cores = part.ray, actor, known["host"], known["cores"]
         self._spare = Path(known["spare"]) if known["spare"] else None
         self._why = ""
+        self._packed: deque[bytes] = deque()  # folders of cells that have ended
         super().__init__(part, pipe(self._said()))
 
     def _said(self) -> Iterator[bytes]:
+        """Yield its messages. The folder of a cell comes before the message that the cell has ended.
+
+        A thread calls this, so that a node that does not answer keeps no signal from the command.
+        """
+        begun = b""
         try:
             while chunk := self._ray.get(self._actor.read.remote()):
-                yield chunk
+                *lines, begun = (begun + chunk).split(b"\n")
+                for line in lines:
+                    if self._spare is not None and (folder := json.loads(line).get("done")):
+                        self._packed.append(self._ray.get(self._actor.pack.remote(folder)))
+                    yield line + b"\n"
             self._why = self._ray.get(self._actor.how.remote())
         except self._ray.exceptions.RayError as e:
             self._why = f"was lost ({one_line(e, keep_end=True)})"
@@ -308,12 +320,8 @@ class _RayPlace(Place):
     def _bring(self, folder: Path) -> Path:
         if self._spare is None:
             return folder
-        try:
-            packed = self._ray.get(self._actor.pack.remote(str(folder)))
-        except self._ray.exceptions.RayError as e:
-            raise PartError(f"{self._host} was lost before it sent the record ({one_line(e, keep_end=True)})") from None
         with folders.unused(self.cells[0].folder) as here:
-            here = unpacked(packed, here)
+            here = unpacked(self._packed.popleft(), here)
         self._actor.remove.remote(str(folder))
         return here
 

@@ -105,6 +105,46 @@ def test_a_sweep_on_ray_keeps_the_record_of_every_cell(
     assert found(tmp_path)[32].status is Status.OK, "written where both see it"
 
 
+SILENT = """
+import sys, time
+from pathlib import Path
+
+from grbench.cli import main
+from grbench.execution import places, ray_places
+
+
+class Silent(ray_places.Remote):
+    def pack(self, folder):
+        Path(asked).touch()
+        time.sleep(600)
+
+
+asked, places.END_S, ray_places.Remote = sys.argv[1], 1.0, Silent
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_node_that_sends_no_record_keeps_no_signal_from_the_command(
+    ray_cluster: psutil.Process, tmp_path: Path
+) -> None:
+    """Its place is killed after a second, where the command itself gives it longer."""
+    words = ["-m", *QUICK, "scenario.queries=16", "runner.cluster=ray", "runner.parallel=1"]
+    asked, said = tmp_path / "asked", tmp_path / "err.txt"
+    start = [sys.executable, "-c", SILENT, str(asked), *words, "runner.output_root=/proc/self/cwd/out"]
+    with said.open("w") as errors:
+        command = subprocess.Popen(start, cwd=tmp_path, stderr=errors, text=True)
+    try:
+        until(asked.exists, command)
+        os.kill(command.pid, signal.SIGINT)
+        assert command.wait(60) == 130, said.read_text()
+        stopped = found(tmp_path)[16]
+        assert stopped.status is Status.INTERRUPTED
+        assert stopped.error == "a signal ended the command before the record of the cell came"
+        assert "Traceback" not in said.read_text()
+    finally:
+        command.kill()
+
+
 def test_places_are_spread_over_the_nodes_of_ray() -> None:
     nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0}, {"CPU": 8.0, "GPU": 4.0}]
     assert ray_places._counts("gpus", nodes) == ([2, 0, 4], 2)
