@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.cells import write_cell
+from helpers.checkout import ROOT, files
 
 from grbench.execution import records
 from grbench.execution.records import LoggedRow, RunRecord, Status, unreadable
 from grbench.report.frame import ReportError, load_frame, read_cells
+from grengines.cache.events import Counters
+from grengines.cache.items import RowCounters
 
 PASSED = {"passed": True, "error": 1e-6, "tolerance": 2e-5}
 FAILED = {"passed": False, "error": 1.0, "tolerance": 2e-5}
@@ -178,3 +183,22 @@ def test_a_failure_that_was_measured_again_is_not_shown(tmp_path: Path) -> None:
     kept = [int(folder.name) for folder, _ in records.without_superseded(cells)]
     assert kept == [1, 2, 3, 4, 5, 7, 8, 9]
     assert [folder for folder, _ in read_cells([tmp_path])] == [tmp_path / str(i) for i in kept]
+
+
+def test_the_page_about_records_has_every_field() -> None:
+    page = (ROOT / "docs/design/running.md").read_text()
+    section = page[page.index("## Fields of a record") : page.index("## Reports")]
+    spans = re.findall(r"^\| `([^|]+)` \|", section, re.M)
+    names = [name for span in spans for name in span.split("`, `")]
+    patterns = [re.sub("[A-Z]+", "[^/]+", re.escape(name)).replace(r"\.\.\.", ".+") for name in names]
+    known = re.compile("|".join(patterns))
+    found = {field.name for field in dataclasses.fields(RunRecord)}
+    found |= {f"engine/cache_{field.name}" for field in dataclasses.fields(Counters)}
+    found |= {f"engine/items_{field.name}" for field in dataclasses.fields(RowCounters)}
+    for path in files("reports/**/record.json"):
+        record = records.load(ROOT / path)
+        found |= {*record.metrics, *record.intervals, *record.gate, *record.environment}
+    found -= {"throughput_rps/in_run", "engine/reread_tokens", "plain_error"}  # the last two: of earlier code
+    assert len(found) > 150
+    assert not {name for name in found if not known.fullmatch(name)}
+    assert not known.fullmatch("engine/cache_thefts")
