@@ -22,7 +22,7 @@ def main(url: str) -> None:
         request_id=0,
         user_id=7,
         history_items=np.array([10, 11, 12, 13]),
-        history_actions=np.array([1, 1, 3, 1]),
+        history_actions=np.array([1, 1, 0, 1]),
         history_weights=np.array([0.8, 0.6, 1.0, 0.4], np.float32),
         history_timestamps=np.array([100, 160, 220, 300]),
         num_seen=0,

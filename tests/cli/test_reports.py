@@ -29,7 +29,7 @@ Capture = pytest.CaptureFixture[str]
 def test_each_page_is_what_its_records_give(folder: Path) -> None:
     assert stale(folder) is None
     commits = {json.loads(path.read_text())["environment"]["git_sha"] for path in folder.rglob("re*.json")}
-    assert [commit[:12] for commit in commits] == re.findall(r"\bcommit ([0-9a-f]+)", (folder / PAGE).read_text())
+    assert [commit[:12] for commit in commits] == re.findall(r"\bcommit ([0-9a-f]{7,})", (folder / PAGE).read_text())
 
 
 def test_the_folder_holds_reports_and_nothing_else() -> None:
