@@ -178,15 +178,15 @@ def samples_of_runs(runs: Sequence[npt.NDArray[np.float64]], percent: float) -> 
     speeds, the median shows the speed, which says little of p99. So the median is left out if half of what the others
     show is more: half, because the few samples above p99 of a machine that drifts may show too little of it.
     """
-    lower, body, upper = (_worth_at(runs, level) for level in (50.0, BODY, percent))
+    values = np.sort(np.concatenate(runs))
+    lower, body, upper = (_worth_at(runs, float(values[_rank(len(values), p)])) for p in (50.0, BODY, percent))
     tail = min(body, upper)
     return max(int(max(min(lower, tail), tail / 2)), 1)
 
 
-def _worth_at(runs: Sequence[npt.NDArray[np.float64]], percent: float) -> float:
-    """Return what runs are worth by their differences at one percentile, as `samples_of_runs` describes."""
+def _worth_at(runs: Sequence[npt.NDArray[np.float64]], value: float) -> float:
+    """Return what runs are worth by their differences, of samples below a value, as `samples_of_runs` describes."""
     count, common = sum(map(len, runs)), min(map(len, runs))
-    value = np.sort(np.concatenate(runs))[_rank(count, percent)]
     below = np.stack([run[:common] < value for run in runs]).astype(np.float64)
     share, noise = float(below.mean()), below - below.mean(axis=0)
     noise -= noise.mean(axis=1, keepdims=True)
