@@ -99,6 +99,15 @@ def a_place() -> places.Places:
     return places.Places([places.LocalPart(places.Share(tuple(os.sched_getaffinity(0))))], print)
 
 
+@pytest.fixture
+def ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RunRecord]:
+    """Records of cells that ended, which a test fills, with workers and places that are forks."""
+    monkeypatch.chdir(tmp_path)
+    fork_workers(monkeypatch)
+    fork_places(monkeypatch)
+    return []
+
+
 def a_cell(folder: Path, ended: list[RunRecord], *words: str) -> places.Cell:
     """A cell whose record goes to a list."""
     spec, run = compose_spec([*QUICK, *words])
@@ -107,13 +116,7 @@ def a_cell(folder: Path, ended: list[RunRecord], *words: str) -> places.Cell:
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core holds one place")
-def test_a_kept_engine_gets_its_next_cell_also_if_another_place_is_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    fork_workers(monkeypatch)
-    fork_places(monkeypatch)
-    ended: list[RunRecord] = []
+def test_a_kept_engine_gets_its_next_cell_also_if_another_place_is_free(tmp_path: Path, ended: list[RunRecord]) -> None:
     cores = sorted(os.sched_getaffinity(0))[:2]
     here = places.Places([places.LocalPart(places.Share((core,)), 1) for core in cores], print)
     for queries in (32, 48):
@@ -140,14 +143,8 @@ def test_a_signal_while_a_place_starts_interrupts_its_cell(tmp_path: Path) -> No
     assert (folder, record.status) == (tmp_path / "0", Status.INTERRUPTED)
 
 
-def test_a_signal_meets_a_place_that_has_gone_on_to_its_next_cell(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_meets_a_place_that_has_gone_on_to_its_next_cell(tmp_path: Path, ended: list[RunRecord]) -> None:
     """Messages of the place on both cells come at once."""
-    monkeypatch.chdir(tmp_path)
-    fork_workers(monkeypatch)
-    fork_places(monkeypatch)
-    ended: list[RunRecord] = []
     words = [["scenario.queries=64"], ["scenario.queries=100000000"], ["scenario.queries=64", "seed=1"]]
     cells = [a_cell(tmp_path / str(number), ended, *word) for number, word in enumerate(words)]
     here = a_place()
@@ -160,14 +157,7 @@ def test_a_signal_meets_a_place_that_has_gone_on_to_its_next_cell(
     assert [folder.name for folder, _ in records.find(tmp_path)] == ["0", "1"]
 
 
-def test_a_signal_while_a_cell_is_taken_into_the_lists_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    fork_workers(monkeypatch)
-    fork_places(monkeypatch)
-    ended: list[RunRecord] = []
-
+def test_a_signal_while_a_cell_is_taken_into_the_lists_loses_nothing(tmp_path: Path, ended: list[RunRecord]) -> None:
     def take(folder: Path, record: RunRecord) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         ended.append(record)
