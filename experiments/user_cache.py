@@ -7,6 +7,7 @@
 
 Requests of returning users are ranked by engines side by side in one process, interleaved: without a cache, with all or
 most of the history in pages on the device, with all of it on the host, and with an empty cache (the cost of storing).
+From the host, states are loaded layer by layer, or all of them before the first layer, or before the requests come.
 Times are wall clock around `rank`: packing, copies, computation, scores on the host. Every case passes the harness's
 gate first, in the very state in which it is timed.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 import numpy as np
@@ -29,7 +30,12 @@ from grengines.cache.config import stored
 
 DEFAULTS = ["workload=synthetic", "model=wide_heads", "engine=hstu"]
 NEW = 128  # events since the last visit
-Case = tuple[str, Callable[[], object]]  # the engine, and what brings it into the state that the requests find
+
+
+class Case(NamedTuple):
+    engine: str
+    before: Callable[[], object]  # brings the engine into the state that the requests find
+    prefetches: bool = False  # the states are asked for when the requests come, and their copies are part of the time
 
 
 def engines_of(parse: Callable[[list[str]], RunSpec], users: Sequence[Request]) -> dict[str, Any]:
@@ -66,13 +72,14 @@ def cases_of(engines: dict[str, Any], users: Sequence[Request]) -> dict[str, Cas
             torch.cuda.synchronize()  # the copies are done before the requests come
 
     return {
-        "no cache": ("none", lambda: None),
-        "nothing cached": ("device", device.reset_cache),
-        f"{history - new} of {history} on the device": ("device", lambda: device.rank(earlier)),
-        f"{history} of {history} on the device": ("device", lambda: device.rank(users)),
-        "on the host, all loaded": ("whole", lambda: on_host(whole)),
-        "on the host, part loaded, the rest computed meanwhile": ("part", lambda: on_host(part)),
-        "on the host, prefetched": ("whole", prefetched),
+        "no cache": Case("none", lambda: None),
+        "nothing cached": Case("device", device.reset_cache),
+        f"{history - new} of {history} on the device": Case("device", lambda: device.rank(earlier)),
+        f"{history} of {history} on the device": Case("device", lambda: device.rank(users)),
+        "on the host, all copied before the first layer": Case("whole", lambda: on_host(whole), True),
+        "on the host, all loaded layer by layer": Case("whole", lambda: on_host(whole)),
+        "on the host, part loaded, the rest computed meanwhile": Case("part", lambda: on_host(part)),
+        "on the host, prefetched": Case("whole", prefetched),
     }
 
 
@@ -90,17 +97,25 @@ def measure(rows: common.Rows, spec: RunSpec, parse: Callable[[list[str]], RunSp
         )
     gate_of = {name: gates[stored_precision(engine.actual())] for name, engine in engines.items()}
     cases, users = cases_of(engines, pool), pool[:batch]
+
+    def rank(case: Case) -> Any:
+        if case.prefetches:
+            engines[case.engine].prefetch(user.user_id for user in users)
+        return engines[case.engine].rank(users)
+
     errors = {}
-    for name, (engine, before) in cases.items():
-        before()
-        errors[name] = gate_of[engine].check(engines[engine], len(pool)).error
+    for name, case in cases.items():
+        case.before()
+        if case.prefetches:
+            engines[case.engine].prefetch(user.user_id for user in pool)
+        errors[name] = gate_of[case.engine].check(engines[case.engine], len(pool)).error
     calls = common.interleaved(
-        {name: partial(engines[engine].rank, users) for name, (engine, _) in cases.items()},
+        {name: partial(rank, case) for name, case in cases.items()},
         args.rounds,
-        {name: before for name, (_, before) in cases.items()},
+        {name: case.before for name, case in cases.items()},
     )
     first = next(iter(cases))
-    for name in cases:
+    for name, case in cases.items():
         details = [call.result.details | {"compute_ms": call.result.compute_ms} for call in calls[name]]
 
         def median(key: str, details: list[dict[str, float]] = details) -> float:
@@ -114,7 +129,7 @@ def measure(rows: common.Rows, spec: RunSpec, parse: Callable[[list[str]], RunSp
             history=args.history,
             candidates=args.candidates,
             cached=name,
-            pages=engines[cases[name][0]].actual().get("cache_precision"),
+            pages=engines[case.engine].actual().get("cache_precision"),
             p50_ms=times["p50_ms"],
             times_as_fast=common.latency(calls[first])["p50_ms"] / times["p50_ms"],
             compute_ms=median("compute_ms"),
@@ -122,12 +137,12 @@ def measure(rows: common.Rows, spec: RunSpec, parse: Callable[[list[str]], RunSp
             waited_ms=median("cache_host_wait_ms") if copied_ms else None,
             copy_gb_per_s=1e3 * gigabytes / copied_ms if copied_ms else None,
             error=errors[name],
-            allowed=gate_of[cases[name][0]].tolerance,
+            allowed=gate_of[case.engine].tolerance,
             samples_ms=[call.ms for call in calls[name]],
         )
-    for name, (engine, before) in cases.items() if args.kernels else ():
-        before()
-        rows.note(f"Batch {batch}, {name}: {kernels_of(partial(engines[engine].rank, users), args.kernels)}.")
+    for name, case in cases.items() if args.kernels else ():
+        case.before()
+        rows.note(f"Batch {batch}, {name}: {kernels_of(partial(rank, case), args.kernels)}.")
     facts = engines["part"].actual()
     withheld = facts.get("cache_compute_withheld")
     token = f"is not known: {withheld}" if withheld else f"takes {facts['cache_compute_us_a_token']:.3f} us to compute"

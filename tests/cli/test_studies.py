@@ -182,14 +182,16 @@ def test_the_hosts_time_has_its_parts(program: Any, tmp_path: Path, capsys: Capt
 def test_hits_are_timed_in_the_state_of_their_case(program: Any, tmp_path: Path, capsys: Capture) -> None:
     sizes = ["--history", "64", "--candidates", "8", "--batches", "1", "--rounds", "1"]
     rows = rows_of(program("user_cache"), tmp_path, capsys, "model=hstu_tiny", "kernel=torch", *sizes)
-    assert [row["cached"] for row in rows][1:4] == [
+    assert [row["cached"] for row in rows][1:6] == [
         "nothing cached",
         "32 of 64 on the device",
         "64 of 64 on the device",
+        "on the host, all copied before the first layer",
+        "on the host, all loaded layer by layer",
     ]
     assert all(row["error"] <= row["allowed"] for row in rows)
-    assert [bool(row["copied_ms"]) for row in rows][:4] == [False] * 4
-    assert rows[4]["copied_ms"] > 0  # all loaded from the host
+    assert [bool(row["copied_ms"]) for row in rows][:5] == [False] * 5  # the copies of the last one are a prefetch's
+    assert rows[5]["copied_ms"] > 0
 
 
 def test_hits_are_timed_in_each_tier(program: Any, tmp_path: Path, capsys: Capture) -> None:

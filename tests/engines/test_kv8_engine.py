@@ -202,6 +202,15 @@ def test_bytes_of_pages_states_and_simulations_agree() -> None:
     assert 1.9 < kv_bytes(model, 64, "bf16") / kv_bytes(model, 64, "int8") < 2
 
 
+@pytest.mark.parametrize(("kind", "users"), [("bf16", 89), ("fp8", 176)])
+def test_12_gb_hold_as_many_users_of_wide_heads_as_the_documentation_says(kind: str, users: int) -> None:
+    model = compose_spec(["model=wide_heads"])[0].model
+    sizes = {"layers": model.layers, "page": 64, "heads": model.heads, "qk_dim": model.qk_dim, "v_dim": model.v_dim}
+    dtype = pages.EIGHT_BITS.get(kind, torch.bfloat16)
+    pool = PagePool.within(12 * 10**9, device="meta", dtype=dtype, **sizes)
+    assert pool.pages // pool.pages_for(4096) == users
+
+
 def test_the_simulator_counts_pages_in_8_bits() -> None:
     bytes_of = {}
     for kind in ("bf16", "int8"):
