@@ -45,6 +45,7 @@ GRACE = 0.05
 KNOWN_FAILURES = (Status.OOM, Status.INCORRECT, Status.UNAVAILABLE, Status.STOPPED)  # as good as a measurement
 PROBED_ANSWERS = 32  # of a probe that are compared with the reference; a run that certifies compares gate.measured
 LOSSY = "[fp16,bf16,int8,fp8]"
+VALID = "loadgen_valid"  # metric: LoadGen's verdict by the limit of the cell
 STARTED = "step_s/start"  # metric of a cell that built its engine
 Engine = tuple[Configuration, int]  # what probes of one engine have in common: configuration and seed
 
@@ -81,6 +82,8 @@ class LiveEvaluator:
         self._measured: dict[tuple[Configuration, Probe], Outcome] = {}
         self._alike: dict[tuple[tuple[Path | None, ...], float], float] = {}  # by the folders and the percentile
         self._earlier = _by_strategy(root)
+        self._usable: dict[Configuration, list[tuple[Path, RunRecord]]] = {}  # earlier records that count here
+        self._certifying: dict[tuple[Configuration, Probe], Outcome | None] = {}  # earlier runs that certify
         self._base = _quality_class(next(iter(specs.values())))  # of the default configuration
         limits = declared.goal.limits
         self._limited = any(limit.metric.startswith("quality/") for limit in limits)
@@ -111,7 +114,7 @@ class LiveEvaluator:
         return statistics.median(self._again) if self._again else AGAIN_S
 
     def share(self, wanted: Sequence[Wanted]) -> float:
-        if not wanted:
+        if not (wanted := self._not_earlier(wanted)):
             return 0.0
         cost = float(len(wanted)) if self._declared.budget.cells is not None else self._seconds(wanted)
         return cost / self._total if self._total else float("inf")
@@ -142,7 +145,12 @@ class LiveEvaluator:
         keep = self._declared.fixed_value("runner.keep_engine") != "false"
         return {(configuration, probe.seed) for configuration, probe in wanted if keep}
 
+    def _not_earlier(self, wanted: Sequence[Wanted]) -> list[Wanted]:
+        """Return the probes that no earlier run that certifies answers."""
+        return [its for its in wanted if self._earlier_certifying(*its) is None]
+
     def budget_for(self, wanted: Sequence[Wanted]) -> str:
+        wanted = self._not_earlier(wanted)
         if self._declared.budget.cells:  # 0cells may become either
             count = len(wanted)
             return f"{count} cells: set budget={max(self._cells + count, math.ceil(count / MOST))}cells"
@@ -192,6 +200,9 @@ class LiveEvaluator:
 
     def _measure(self, wanted: Sequence[Wanted]) -> None:
         """Measure the probes that were not yet measured, beside each other. Raises BudgetSpentError."""
+        for key in wanted:
+            if (found := self._earlier_certifying(*key)) is not None:
+                self._measured.setdefault(key, found)
         new = [key for key in dict.fromkeys(wanted) if key not in self._measured and not self._loss_unknown(key[0])]
         jobs = []
         for number, (configuration, probe) in enumerate(new, len(self._measured)):
@@ -202,10 +213,10 @@ class LiveEvaluator:
                 raise BudgetSpentError
             jobs.append(job)
         begun = time.monotonic()
-        found = self._session.measure(jobs)
-        longest = max((record.duration_s for _, record, kept in found if not kept), default=0.0)
+        cells = self._session.measure(jobs)
+        longest = max((record.duration_s for _, record, kept in cells if not kept), default=0.0)
         after = time.monotonic() - begun - longest  # for figures and tracking, once no cell runs
-        for key, job, (folder, record, kept) in zip(new, jobs, found, strict=True):
+        for key, job, (folder, record, kept) in zip(new, jobs, cells, strict=True):
             seconds = 0.0 if kept else record.duration_s + after
             self._measured[key] = outcome = self._outcome(key[0], folder, record, kept, seconds)
             if record.status is Status.TIMEOUT:
@@ -225,23 +236,17 @@ class LiveEvaluator:
                         self._starts.add(key[0], self._overheads[-1])
                     else:
                         self._again.append(self._overheads[-1])
-        if any(not kept for *_, kept in found):
-            ended = zip(new, found, strict=True)
+        if any(not kept for *_, kept in cells):
+            ended = zip(new, cells, strict=True)
             self._warm = self._kept([key for key, (_, record, kept) in ended if record.ok and not kept])
 
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
         if self._loss_unknown(configuration):  # for now: the default configuration may still be measured
             return []
-        spec = self._specs[configuration]
         found: list[tuple[Probe, Outcome]] = []
-        if not (earlier := self._earlier.get(_strategy(spec.to_dict(), spec.file_contents()))):
-            return found
-        here = describe_environment(spec.packages) | self._machine  # milliseconds, and there are hundreds to ask for
-        for folder, record in earlier:
-            scenario, seed = record.spec["scenario"], record.spec["seed"] - spec.seed
-            usable = record.ok or record.status in KNOWN_FAILURES
-            usable = usable and scenario.get("mode") != "accuracy"  # its arrivals are LoadGen's for another purpose
-            if not usable or environment_difference(record.environment, here) or seed != 0:
+        for folder, record in self._usable_records(configuration):
+            scenario = record.spec["scenario"]
+            if record.spec["seed"] != self._specs[configuration].seed:
                 continue
             if scenario["name"] == "offline" and scenario["queries"] >= OFFLINE:
                 probe = Probe(None, scenario["queries"])
@@ -262,6 +267,53 @@ class LiveEvaluator:
                 continue
             found.append((probe, outcome))
         return sorted(found, key=lambda pair: (pair[0].rate is not None, pair[0].requests))
+
+    def _usable_records(self, configuration: Configuration) -> list[tuple[Path, RunRecord]]:
+        """Return the earlier records of a configuration that this code on such a machine would make again."""
+        if configuration not in self._usable:
+            spec = self._specs[configuration]
+            earlier = self._earlier.get(_strategy(spec.to_dict(), spec.file_contents()), [])
+            here = describe_environment(spec.packages) | self._machine if earlier else {}
+            self._usable[configuration] = [
+                (folder, record)
+                for folder, record in earlier
+                if (record.ok or record.status in KNOWN_FAILURES)
+                and record.spec["scenario"].get("mode") != "accuracy"  # its arrivals are LoadGen's for another purpose
+                and not environment_difference(record.environment, here)
+            ]
+        return self._usable[configuration]
+
+    def _earlier_certifying(self, configuration: Configuration, probe: Probe) -> Outcome | None:
+        """Return the outcome of an earlier run that certifies, of as many requests at least; None: there is none.
+
+        Its limit may be another one, because its latencies are judged anew. LoadGen's verdict VALID holds for a wider
+        limit, too; otherwise it is not known.
+        """
+        if not probe.seed:
+            return None
+        key = (configuration, probe)
+        if key not in self._certifying:
+            self._certifying[key] = self._find_certifying(configuration, probe)
+        return self._certifying[key]
+
+    def _find_certifying(self, configuration: Configuration, probe: Probe) -> Outcome | None:
+        limit_ms = self._limit_ms(configuration, probe)
+        for folder, record in self._usable_records(configuration):
+            scenario, judged_ms = record.spec["scenario"], record.spec["latency_limit_ms"]
+            if not record.ok or scenario["name"] != self._declared.scenario or scenario["queries"] < probe.requests:
+                continue
+            rate = scenario[RATES[self._declared.scenario].rpartition(".")[2]]
+            if record.spec["seed"] != self._specs[configuration].seed + probe.seed or f"{rate:g}" != f"{probe.rate:g}":
+                continue
+            if self._goodput and judged_ms != limit_ms:
+                continue  # it counts answers within this limit
+            outcome = self._outcome(configuration, folder, record, True, 0.0)
+            if self._limited and not any(name.startswith("quality/") for name in outcome.metrics):
+                continue
+            if judged_ms > limit_ms or (judged_ms < limit_ms and not outcome.metrics.get(VALID)):
+                outcome.metrics = {name: value for name, value in outcome.metrics.items() if name != VALID}
+            return outcome
+        return None
 
     def quality(self, configuration: Configuration) -> Mapping[str, float]:
         """Return the quality of the configurations that answer as this one.

@@ -19,6 +19,7 @@ from helpers.forks import fork_command, fork_places
 from grbench import deployment
 from grbench.execution import records, session
 from grbench.execution.records import Status
+from grbench.tune import certification
 
 TINY = (
     *("model.layers=1", "workload=synthetic", "workload.users=20", "workload.items=100", "workload.visits=400"),
@@ -139,6 +140,21 @@ def test_a_small_search_writes_its_cells_its_page_and_a_deployment(grbench_here:
     assert done.stderr.splitlines()[0].endswith("budget of this call: 2 cells")
     fresh = grbench_here(*words, "limits.latency_ms.p99=50000", "budget=0cells", "rerun=true")
     assert fresh.returncode == 1 and "no record answers" in fresh.stderr and "takes over" not in fresh.stderr
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_a_certified_answer_is_certified_under_another_limit_without_measuring(
+    grbench_here: Grbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certification, "CERTIFIED", 400)
+    words = ["tune", *TINY, "scenario.max_batch=4", "engine.cpu_threads=1,2", "certify_runs=1", "probe_s=1"]
+    words += ["objective=latency", "rate=400"]
+    done = grbench_here(*words, "latency_ms.p50=60000", "budget=8cells")
+    assert done.returncode == 0 and "(certified: 1 run" in done.stdout, done.stderr
+    count = len(list(records.find(tmp_path)))
+    again = grbench_here(*words, "latency_ms.p50=50000", "budget=0cells")
+    assert again.returncode == 0 and "(certified: 1 run" in again.stdout, again.stderr
+    assert len(list(records.find(tmp_path))) == count
 
 
 SEARCH = (*TINY, "scenario.max_batch=4", "engine.cpu_threads=1,2", "probe_s=1", "certify_runs=0")

@@ -372,3 +372,29 @@ def test_a_rate_that_was_stopped_under_a_tighter_limit_is_open(tmp_path: Path) -
     same, wider = (evaluator(Measured(tmp_path, {}), tmp_path, f"latency_ms.p99={bound}") for bound in (20, 300))
     assert [outcome.status for _, outcome in same.known(DEFAULT)] == ["STOPPED"]
     assert wider.known(DEFAULT) == []
+
+
+@pytest.mark.parametrize("bound, valid", [(20, 1.0), (300, 1.0), (10, None)])
+def test_a_run_that_certified_under_another_limit_is_not_measured_again(
+    tmp_path: Path, bound: int, valid: float | None
+) -> None:
+    first = evaluator(Measured(tmp_path, {}), tmp_path, "latency_ms.p99=20")
+    sure = Probe(100.0, 12_000, 101)
+    spec = compose_spec(first.words(DEFAULT, sure))[0]
+    folder = tmp_path / "cell"
+    record = write_cell(folder, status=Status.OK)
+    record.spec, record.files, record.spec_hash = spec.to_dict(), spec.file_contents(), spec.hash
+    record.environment = describe_environment(spec.packages)
+    record.gate["measured"] = {"passed": True}
+    record.metrics["loadgen_valid"] = 1.0
+    records.save(record, folder)
+
+    measures = evaluator(Measured(tmp_path, {}), tmp_path, f"latency_ms.p99={bound}", "budget=0cells")
+    assert measures.known(DEFAULT) == []  # the search does not see the seeds that judge it
+    shorter = dataclasses.replace(sure, requests=10_000)
+    assert measures.share([(DEFAULT, sure), (DEFAULT, shorter)]) == 0.0
+    outcome = measures.evaluate(DEFAULT, shorter)  # `Measured` would fail, as it has no cell
+    assert outcome.kept and outcome.folder == folder and outcome.metrics.get("loadgen_valid") == valid
+    for other in ({"requests": 13_000}, {"seed": 102}, {"rate": 103.0}):
+        assert measures.share([(DEFAULT, dataclasses.replace(sure, **other))]) > 1
+    assert measures.share([(WINDOW, sure)]) > 1
