@@ -76,6 +76,11 @@ def _empty_function(value: str) -> tuple[str, str]:
     return (f"{value} has no values", "") if found and found[1] in FUNCTIONS else ("", value)
 
 
+def quoted(text: str) -> str:
+    """Return a text as an override takes it: in quotes if it needs them."""
+    return text if all(map(_UNQUOTED.match, text)) else _text(text)
+
+
 def _special(value: str) -> str:
     """Return the first letter that a value without quotes can't have, or ""."""
     its_own = "[]{}," if value[:1] in ("[", "{") else ","

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grbench import __version__
+from grbench.config.malformed import quoted
 from grbench.execution.stats import percentile
 from grbench.report.cells import shown
 from grbench.serve.controller import Controller
 from grbench.serve.requests import metadata
 from grbench.workloads.config import FileConfig, WorkloadOptions
+from grengines.api import RANDOM
 from grkernels import tuning
 
 if TYPE_CHECKING:
@@ -102,12 +105,22 @@ def status(service: Service) -> dict[str, Any]:
 
 
 def _overrides(workload: WorkloadOptions) -> list[str]:
-    """Return the overrides of a run that has this workload: all where the name has values of its own in conf/."""
+    """Return the overrides of a run that has this workload: all where the name has values of its own in conf/.
+
+    The path of a file is absolute: who asks is mostly in another folder.
+    """
     values = {field.name: getattr(workload, field.name) for field in fields(workload) if field.name != "name"}
+    if isinstance(workload, FileConfig):
+        values["path"] = quoted(str(Path(workload.path).absolute()))
     usual = type(workload)(path="") if isinstance(workload, FileConfig) else type(workload)()
     every = workload.name != usual.name
     changed = [f"workload.{name}={shown(its)}" for name, its in values.items() if every or its != getattr(usual, name)]
     return [f"workload={workload.name}", *changed]
+
+
+def _absolute(weights: str) -> str:
+    """Return the weights that an engine names, a file with its absolute path."""
+    return weights if weights.startswith(RANDOM) else str(Path(weights).absolute())
 
 
 def _strategy(strategy: Strategy) -> dict[str, Any]:
@@ -121,7 +134,7 @@ def _strategy(strategy: Strategy) -> dict[str, Any]:
         "engine": strategy.spec.engine.name,
         "model": strategy.spec.model.name,
         "precision": actual.get("precision", ""),
-        "weights": "; ".join(dict.fromkeys(its for stage in stages if (its := stage.get("weights")))),
+        "weights": "; ".join(dict.fromkeys(_absolute(its) for stage in stages if (its := stage.get("weights")))),
         "cache_precision": actual.get("cache_precision", ""),
         "attention_precision": actual.get("attention_precision", ""),
         "device": actual.get("device", ""),

@@ -6,14 +6,18 @@ import os
 from pathlib import Path
 
 from grbench import deployment
+from grbench.config.compose import compose_spec
+from grbench.config.malformed import quoted
 from grbench.deployment import Certified, Deployment, Figure, Strategy
 from grbench.tune import answer
 from grbench.tune.answer import Answer
 from grbench.tune.config import Declared
+from grengines.options import files
 
 FILE = "best.yaml"
 # Overrides of how cells run, which are no part of a strategy, and what the deployment has keys for.
 NOT_STRATEGY = ("task", "runner.", "tracking", "rerun", "skip_invalid", "hydra.", "scenario", "gate.", "seed")
+STORAGE = "cache.storage_path"  # a folder whose content does not count, so that `files` leaves it out
 
 
 def write(found: Answer, declared: Declared, folder: Path) -> Path:
@@ -25,7 +29,7 @@ def write(found: Answer, declared: Declared, folder: Path) -> Path:
     batching = [word for word in declared.fixed if word.startswith("scenario.")]
     strategy = Strategy(
         name=found.trial.configuration.name.replace(" ", "-"),
-        overrides=[*fixed, *batching, *found.trial.configuration.words],
+        overrides=_from_anywhere([*fixed, *batching, *found.trial.configuration.words], declared),
         certified=_figures(found, folder) if found.certified else None,
     )
     limits = {}
@@ -40,6 +44,18 @@ def write(found: Answer, declared: Declared, folder: Path) -> Path:
     remark = "" if found.certified else f"The strategy is {answer.proof(found)}."
     deployment.save(Deployment(deployment.VERSION, declared.task, limits, [strategy]), path, remark)
     return path
+
+
+def _from_anywhere(words: list[str], declared: Declared) -> list[str]:
+    """Return overrides with absolute paths, because a server may start in another folder."""
+    spec, _ = compose_spec([*words, f"task={declared.task}"], declared.config_dir)
+    paths = files(spec) | {STORAGE: getattr(spec.cache, "storage_path", "")}
+    found = []
+    for word in words:
+        key = word.partition("=")[0]
+        path = paths.get(key.lstrip("+"))
+        found.append(f"{key}={quoted(str(Path(path).absolute()))}" if path else word)
+    return found
 
 
 def _besides(word: str) -> bool:

@@ -692,6 +692,26 @@ def test_no_place_claims_more_than_the_rate_that_was_offered(certified: bool, tm
     assert {answer.figures(trial).get("requests/s") for trial in search.trials} - {None} == offered
 
 
+def test_a_deployment_names_files_that_can_be_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("events.csv", "ranker.safetensors", "other.safetensors"):
+        (tmp_path / name).write_text("user_id,item_id,timestamp\n")
+    (tmp_path / "search").mkdir()
+    monkeypatch.chdir(tmp_path)
+    typed = ["task=rank", "engine=hstu", "workload=csv", "workload.path='events.csv'", "cache=lru", "cache.host_gb=1"]
+    typed += ["cache.storage_gb=1", "cache.storage_path=states", "space=typed", "engine.cpu_threads=1,2"]
+    declared = config.declare([*typed, "model.weights=ranker.safetensors,other.safetensors"])
+    knowledge = Knowledge(declared.goal, BATCHING)
+    trial = knowledge.begin(Configuration((("model.weights", "other.safetensors"),)))
+    file = deploy.write(answer.Answer(knowledge, trial, 100, outcome(1), None), declared, tmp_path / "search")
+    monkeypatch.chdir("/")
+    [spec] = (compose_spec(strategy.overrides)[0] for strategy in deployment.load(file).strategies)
+    assert spec.workload.path == str(tmp_path / "events.csv")  # type: ignore[union-attr]
+    assert spec.ranking_model.weights == str(tmp_path / "other.safetensors")
+    assert spec.cache.storage_path == str(tmp_path / "states")  # type: ignore[union-attr]
+
+
 def test_a_budget_too_small_to_certify_says_which_one_would_do() -> None:
     evaluator = Capacities(CAPACITY, cells=14)
     evaluator.share = lambda wanted: sum(1 + probe.requests / 2000 for _, probe in wanted) / 14  # type: ignore[method-assign]

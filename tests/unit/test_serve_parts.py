@@ -775,3 +775,18 @@ def test_a_status_has_the_overrides_of_the_workload(tmp_path: Path, name: str) -
     found = describe._overrides(workload)
     assert found[0] == f"workload={name}" and "workload.min_history=2" in found and set(words) <= set(found)
     assert compose_spec(["engine=hstu", *found])[0].workload == workload
+
+
+def test_a_status_names_files_that_can_be_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a (1)"  # in an override it needs quotes
+    folder.mkdir()
+    (folder / "events.csv").write_text("user_id,item_id,timestamp\n")
+    monkeypatch.chdir(folder)
+    found = describe._overrides(compose_spec(["engine=hstu", "workload=csv", "workload.path=events.csv"])[0].workload)
+    monkeypatch.chdir("/")
+    assert compose_spec(["engine=hstu", *found])[0].workload.path == str(folder / "events.csv")  # type: ignore[union-attr]
+    monkeypatch.chdir(folder)
+    assert describe._absolute("ranker.safetensors") == str(folder / "ranker.safetensors")
+    assert describe._absolute("random, seed 3") == "random, seed 3"
