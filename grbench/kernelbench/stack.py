@@ -1,12 +1,12 @@
 """A stack of HSTU layers as one more family of the benchmark, which measures the operators together.
 
-Its variants are those that every operator of a layer has, and fp8, each eager and as a CUDA graph. Only the layers are
-timed, from embedded tokens to the last layer's output. Weights and inputs are random.
+Its variants are those that every operator of a layer has, these with products in fp8 (+fp8), and fp8, each eager and as
+a CUDA graph. Only the layers are timed, from embedded tokens to the last layer's output. Weights and inputs are random.
 
-fp8 is what the engine runs with engine.precision=fp8 and kernel.hstu_attention=fp8: norms in Triton write rows in e4m3,
-both projections multiply them, and the first one writes the operands of attention in e4m3. Its tolerance is that of the
-engine's gate: twice what the fp32 reference loses with these operands in e4m3, since all else of it is in bf16, whose
-rounding is a sixteenth of that.
++fp8 is what the engine runs with engine.precision=fp8: norms in Triton, or in PyTorch for torch+fp8, write rows in
+e4m3, and both projections multiply them. fp8 is that with kernel.hstu_attention=fp8: the first projection writes the
+operands of attention in e4m3, too. The tolerance is that of the engine's gate: twice what the fp32 reference loses with
+these operands in e4m3, since all else is in bf16, whose rounding is a sixteenth of that.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,9 +33,10 @@ from grkernels.variant import Cost
 
 FAMILY = "hstu_stack"
 LAYER = ("hstu_attention", "norm_gate", "layer_norm")  # the families that a layer calls
-FP8 = "fp8"
+FP8, GRAPH = "fp8", "+graph"
 WHOLE = [name for name in registry.variant_names() if all(name in registry.variants(family) for family in LAYER)]
-VARIANTS = tuple(name + graph for name in (*WHOLE, FP8) for graph in ("", "+graph"))
+PRODUCTS = tuple(f"{name}+{FP8}" for name in ("torch", "triton", "cutlass"))  # attention is that of the name
+VARIANTS = tuple(name + graph for name in (*WHOLE, *PRODUCTS, FP8) for graph in ("", GRAPH))
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,12 @@ def reference(*, x: Tensor, layers: nn.Module, **lengths: Any) -> Tensor:
 
 def refusal(variant: str, *, device: str, dtype: str, **sizes: Any) -> str | None:
     """Return None if the variant can run here, else the reason."""
-    name, graph, _ = variant.partition("+")
-    if graph and device != "cuda":
+    if variant.endswith(GRAPH) and device != "cuda":
         return "CUDA graphs need an NVIDIA GPU"
     products = FP8 if _in_fp8(variant) else ""
     if products and dtype != "bf16":
         return f"dtype={dtype}: products in fp8 give bf16; set dtype=bf16"
-    for family, kernel in _kernels(name).items():
+    for family, kernel in _kernels(variant).items():
         dims = registry.family(family).dims(Sizes(**sizes, products=products))
         if why := registry.refusal(family, kernel, device=device, dtype=dtype, **dims):
             return why
@@ -134,30 +135,31 @@ def refusal(variant: str, *, device: str, dtype: str, **sizes: Any) -> str | Non
 
 
 def _in_fp8(variant: str) -> bool:
-    return variant.partition("+")[0] == FP8
+    return FP8 in variant.split("+")
 
 
-def _kernels(name: str) -> dict[str, str]:
+def _kernels(variant: str) -> dict[str, str]:
     """Return the variant of each operator. The norms that write e4m3 are Triton's, which kernel=auto takes as well."""
-    norms = "triton" if name == FP8 else name
+    name = variant.partition("+")[0]
+    norms = "triton" if _in_fp8(variant) and name != "torch" else name
     return {"hstu_attention": name, "norm_gate": norms, "layer_norm": norms}
 
 
 def yardstick(variant: str) -> Callable[..., Tensor] | None:
     """Return the reference with the operands of fp8 in e4m3; None for a variant that rounds to its dtype only."""
-    return _rounded if _in_fp8(variant) else None
+    return partial(_rounded, variant.partition("+")[0] == FP8) if _in_fp8(variant) else None
 
 
-def _rounded(*, x: Tensor, layers: nn.ModuleList, **lengths: Any) -> Tensor:
+def _rounded(attention: bool, *, x: Tensor, layers: nn.ModuleList, **lengths: Any) -> Tensor:
     layers, kernels = copy.deepcopy(layers).float(), Operators.reference()
-    kernels = kernels.replace(hstu_attention=with_fp8_products(kernels.hstu_attention))
+    if attention:
+        kernels = kernels.replace(hstu_attention=with_fp8_products(kernels.hstu_attention))
     return _run(quantise_layers(layers, kernels, FP8), x.float(), layers, **lengths)
 
 
 def bind(variant: str, **given: Any) -> Callable[[], Tensor]:
     """Return the call that is timed: the layers, or one replay of their graph."""
-    name, captured, _ = variant.partition("+")
-    kernels = Operators.of(_kernels(name))
+    kernels = Operators.of(_kernels(variant))
     if _in_fp8(variant):
         given["layers"] = copy.deepcopy(given["layers"])
         round_layers(given["layers"])
@@ -165,7 +167,7 @@ def bind(variant: str, **given: Any) -> Callable[[], Tensor]:
     def call() -> Tensor:
         return _run(kernels, **given)
 
-    if not captured:
+    if not variant.endswith(GRAPH):
         return call
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

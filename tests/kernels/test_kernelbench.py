@@ -512,6 +512,25 @@ def test_the_stack_of_layers_is_a_family(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "supported here: torch" in (rows["cutlass"].reason or "")
 
 
+def test_a_stack_with_products_in_fp8_has_their_tolerance_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernelbench, "ceilings", lambda *_: ROOFS)
+    monkeypatch.setattr(kernelbench, "fp8_ceilings", lambda roofs, device: roofs)
+    right = fp8.product
+
+    def measured() -> dict[str, Row]:
+        names = ["torch", "torch+fp8", "torch+fp8+graph"]
+        config = KernelBenchConfig(["hstu_stack"], names, ["tiny"], "bf16", "cpu", repeats=3, min_time_s=0.001)
+        return {row.variant: row for rows in Bench(config, "cpu", lambda _: None).run() for row in rows}
+
+    rows = measured()
+    wide, narrow = rows["torch"], rows["torch+fp8"]
+    assert wide.ok and narrow.ok and wide.flops == narrow.flops and narrow.bytes < wide.bytes
+    assert wide.metrics["error_allowed"] < narrow.metrics["error"] <= narrow.metrics["error_allowed"]
+    assert "CUDA graphs" in (rows["torch+fp8+graph"].reason or "")
+    monkeypatch.setattr(fp8, "product", lambda x, weight, scales, bias: right(x, weight, scales.square(), bias))
+    assert measured()["torch+fp8"].status is Status.INCORRECT
+
+
 def test_a_stack_in_fp8_is_measured_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter runs norms and projection, and the formulas of the kernel for Hopper attention.
 
@@ -564,7 +583,9 @@ def test_a_stack_in_fp8_is_measured_beside_the_others(monkeypatch: pytest.Monkey
 @pytest.mark.gpu
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other processes use the GPU at the same time")
 def test_a_stack_in_fp8_runs_on_a_gpu() -> None:
-    config = KernelBenchConfig(["hstu_stack"], ["cutlass", "fp8", "fp8+graph"], ["5x512_b1_*"], min_time_s=0.1)
+    config = KernelBenchConfig(
+        ["hstu_stack"], ["cutlass", "cutlass+fp8", "fp8", "fp8+graph"], ["5x512_b1_*"], min_time_s=0.1
+    )
     rows = {row.variant: row for rows in Bench(config, "cuda", lambda _: None).run() for row in rows}
     assert all(row.ok for row in rows.values()), [row.reason for row in rows.values()]
     assert rows["cutlass"].metrics["error_allowed"] < rows["fp8"].metrics["error"] < 0.2
