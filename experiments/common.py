@@ -174,6 +174,11 @@ class Rows:
         self._rows: list[dict[str, Any]] = []
         self._notes: list[str] = []
 
+    @property
+    def command(self) -> str:
+        """The command line of the program."""
+        return str(self._facts["command"])
+
     def add(self, **row: Any) -> None:
         """Take one row of scalars; a list, such as samples, is written and not printed."""
         self._rows.append(row)

@@ -5,22 +5,25 @@
 
 The grid is a folder of offline cells, one for each configuration. docs/TUNING.md says how a replay draws latencies.
 With --out it also draws the regrets (regret.png) and the best rate of each batch size by kernel, precision and graphs
-(flips.png), into regret.md beside results.json.
+(flips.png), into regret.md beside results.json. OUT/grid/results.json is then the grid itself, with at most 128 batches
+of each configuration, and `--grid OUT/grid` replays from it: it is small enough to be kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 
 from grbench.config.schema import ConfigError
-from grbench.execution import records
+from grbench.execution import records, results
 from grbench.execution.records import Status
 from grbench.report.cells import flatten, shown
 from grbench.report.chart import Chart, Series
@@ -36,15 +39,28 @@ from grbench.tune.trial import Batching, Goal
 
 BOUND = 0.05  # of the mean regret
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
+BATCHES = 128  # of a cell that are kept, evenly spaced
 KINDS = ("engine", "kernel", "engine.precision", "engine.cuda_graphs")
 ORDER = ("engine", "kernel", "engine.precision", "engine.cpu_threads", "engine.cuda_graphs", "cache")
 
+Cell = tuple[Configuration, Measured, Batching]
 
-def load(folder: Path) -> Grid:
-    """Return the grid of the offline cells in a folder. Its options are those in which the cells differ.
 
-    What an engine refused is not in it: a search leaves that out before anything runs.
+class Kept(NamedTuple):
+    """A grid, and the facts of the results file that it is or may be kept in."""
+
+    grid: Grid
+    facts: dict[str, Any]
+
+
+def load(folder: Path) -> Kept:
+    """Return the grid of the offline cells in a folder, or of a results file there. Raises ReportError.
+
+    Its options are those in which the cells differ. What an engine refused is not in it: a search leaves that out
+    before anything runs.
     """
+    if (folder / results.RESULTS_FILE).is_file():
+        return load_rows(folder / results.RESULTS_FILE)
     cells = [
         (path, record)
         for path, record in records.find(folder)
@@ -54,27 +70,72 @@ def load(folder: Path) -> Grid:
     typed = {word.partition("=")[0] for _, record in cells for word in record.overrides}
     keys = [key for key in specs[0] if key in typed and len({shown(spec.get(key)) for spec in specs}) > 1]
     keys.sort(key=lambda key: (ORDER.index(key) if key in ORDER else len(ORDER), key))
-    axes: dict[str, list[str]] = {key: [] for key in keys}
-    found: dict[Configuration, Measured] = {}
-    batching: dict[Configuration, Batching] = {}
+    found: list[Cell] = []
     for (path, record), spec in zip(cells, specs, strict=True):
-        values = tuple((key, shown(spec[key])) for key in keys if key in spec)
-        for key, value in values:
-            if value not in axes[key]:
-                axes[key].append(value)
-        configuration, scenario = Configuration(values), record.spec["scenario"]
+        scenario = record.spec["scenario"]
         batches = batches_of(path) if record.ok else []
         if record.ok and not batches:
             continue
-        found[configuration] = Measured(record.metrics.get("throughput_rps", 0.0), batches, str(record.status))
-        batching[configuration] = Batching(scenario["max_batch"], scenario["max_wait_ms"] / 1e3, scenario["in_flight"])
-    return Grid(axes, found, batching)
+        some = [(size, round(seconds, 7)) for size, seconds in batches[:: math.ceil(len(batches) / BATCHES) or 1]]
+        values = tuple((key, shown(spec[key])) for key in keys if key in spec)
+        cell = Measured(record.metrics.get("throughput_rps", 0.0), some, str(record.status))
+        mine = Batching(scenario["max_batch"], scenario["max_wait_ms"] / 1e3, scenario["in_flight"])
+        found.append((Configuration(values), cell, mine))
+    facts = {"started_at": cells[0][1].started_at, "environment": cells[0][1].environment} if cells else {}
+    return Kept(_grid(keys, found), facts)
+
+
+def load_rows(file: Path) -> Kept:
+    """Return the grid that `save_rows` wrote. Raises ReportError for other results."""
+    found: list[Cell] = []
+    try:
+        data = results.load(file)
+        for row in data["rows"]:
+            batches = [(int(size), ms / 1e3) for size, its in row["batches"].items() for ms in its]
+            cell = Measured(row.get("offline", 0.0), batches, row["status"])
+            found.append((Configuration(tuple(row["options"].items())), cell, Batching(*row["batching"])))
+    except KeyError as e:
+        raise ReportError(f"{file}: no grid, as {e} is missing; tune_regret.py --out OUT writes OUT/grid") from None
+    except ValueError as e:
+        raise ReportError(str(e)) from None
+    keys = dict.fromkeys(key for configuration, _, _ in found for key, _ in configuration.values)
+    return Kept(_grid(keys, found), {key: data[key] for key in ("command", "started_at", "environment")})
+
+
+def _grid(keys: Iterable[str], cells: Sequence[Cell]) -> Grid:
+    """Return the grid of cells. The values of an option are in the order in which cells have them."""
+    values = {key: [value for c, _, _ in cells if (value := c.get(key)) is not None] for key in keys}
+    axes = {key: list(dict.fromkeys(its)) for key, its in values.items()}
+    return Grid(axes, {c: cell for c, cell, _ in cells}, {c: batching for c, _, batching in cells})
+
+
+def save_rows(kept: Kept, truths: Mapping[Configuration, float], command: str, limit: str, out: Path) -> None:
+    """Write the grid to results.json: of each configuration its rates, and the milliseconds of its batches by size."""
+    rows = []
+    for configuration, cell in kept.grid.cells.items():
+        batching, batches = kept.grid.batching[configuration], defaultdict(list)
+        for size, seconds in cell.batches:
+            batches[str(size)].append(round(1e3 * seconds, 4))
+        rates = {"offline": cell.throughput, f"within {limit}": truths[configuration]} if cell.status == "OK" else {}
+        rows.append(
+            {
+                "configuration": configuration.name,
+                **rates,
+                "status": cell.status,
+                "options": dict(configuration.values),
+                "batching": [batching.max_batch, batching.max_wait_s, batching.in_flight],
+                "batches": batches,
+            }
+        )
+    results.save(out, {"command": command, **kept.facts, "title": "Requests/s of each configuration"}, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Replay every strategy and print a row for each."""
     parser = common.parser(__doc__ or "", overrides=False)
-    parser.add_argument("--grid", type=Path, required=True, help="folder of the study's records")
+    parser.add_argument(
+        "--grid", type=Path, required=True, help="folder of the study's records, or OUT/grid of an earlier run"
+    )
     parser.add_argument("--limit", default="latency_ms.p99=80", help="METRIC=LIMIT (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=20, help="replays of a strategy (default: %(default)s)")
     parser.add_argument(
@@ -93,9 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("package optuna is not installed, and one strategy is its; pip install 'grbench[experiments]'")
     rows = common.Rows(args, __file__, arguments)
     try:
-        grid = load(args.grid)
+        kept = load(args.grid)
     except ReportError as e:
         parser.error(str(e))
+    grid = kept.grid
     total = len(grid.cells)
     if total < 2:
         parser.error(f"--grid {args.grid}: no grid of offline cells; run python -m grbench study=tune_grid first")
@@ -106,6 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     goal = Goal("throughput", (limit,), probe_s=args.probe_s)
     with ProcessPoolExecutor(initializer=_share, initargs=(grid, goal, {}, 0)) as processes:
         truths = dict(zip(grid.cells, processes.map(_truth, grid.cells, chunksize=8), strict=True))
+    if args.out:
+        save_rows(kept, truths, rows.command, args.limit, args.out / "grid")
     best = max(truths, key=lambda configuration: truths[configuration])
     rows.note(f"{total} configurations; the best is {best.name} with {truths[best]:.4g} requests/s within {args.limit}")
     rows.note("columns are mean regrets after that share of as many cells as there are configurations")

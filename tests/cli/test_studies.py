@@ -194,6 +194,27 @@ def test_hits_are_timed_in_the_state_of_their_case(program: Any, tmp_path: Path,
     assert rows[5]["copied_ms"] > 0
 
 
+def test_a_grid_that_is_kept_gives_the_replays_of_its_cells(program: Any, tmp_path: Path, capsys: Capture) -> None:
+    cells = tmp_path / "cells"
+    cells.mkdir()
+    for batch, wait in itertools.product((4, 8, 16), (0, 2)):
+        words = [f"scenario.max_batch={batch}", f"scenario.max_wait_ms={wait}", "scenario.in_flight=1"]
+        status = records.Status.OOM if batch == 16 and wait == 0 else records.Status.OK
+        write_cell(cells / f"{batch}-{wait}", "scenario.name=offline", *words, status=status, scale=1 / batch)
+    few = ["--seeds", "1", "--most", "1", "--places", "1"]
+    first, again = tmp_path / "first", tmp_path / "again"
+    rows = rows_of(program("tune_regret"), first, capsys, "--grid", str(cells), *few)
+    assert rows_of(program("tune_regret"), again, capsys, "--grid", str(first / "grid"), *few) == rows
+    assert len(rows) > 1 and all(0 <= row["40%"] <= 1 for row in rows)
+    kept = results.load(first / "grid" / results.RESULTS_FILE)
+    assert results.load(again / "grid" / results.RESULTS_FILE)["rows"] == kept["rows"]
+    assert kept["environment"]["cpu"] == "Some CPU"  # of the cells, and not of the replays
+    assert [row["status"] for row in kept["rows"]].count("OOM") == 1 and len(kept["rows"]) == 6
+    with pytest.raises(SystemExit):
+        program("tune_regret").main(["--grid", str(first), *few])
+    assert "results.json: no grid, as 'batches' is missing" in capsys.readouterr().err
+
+
 def test_hits_are_timed_in_each_tier(program: Any, tmp_path: Path, capsys: Capture) -> None:
     sizes = ["--histories", "64", "--candidates", "8", "--rounds", "1"]
     rows = rows_of(program("storage_tier"), tmp_path, capsys, "model=hstu_tiny", "kernel=torch", *sizes)
