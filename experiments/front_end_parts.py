@@ -63,6 +63,12 @@ class _Nothing:
         return HttpResponse(200, b"{}")
 
 
+def without_engine(infer: Callable[..., Any], metrics: Metrics) -> Any:
+    """Return what stands for the service behind the endpoints, with this method `infer`."""
+    config = SimpleNamespace(api_keys=None, max_body_mb=16, body_timeout_s=10, log_requests=False)
+    return SimpleNamespace(config=config, metrics=metrics, infer=infer, traces=None, finished=lambda *_: None)
+
+
 def took_us(call: Callable[[], object]) -> float:
     """Return the processor time of a call: the least of several rounds."""
     rounds = []
@@ -111,11 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     async def infer(*_: Any) -> tuple[Any, Any]:
         return outputs, FACTS
 
-    config = SimpleNamespace(api_keys=None, max_body_mb=16, body_timeout_s=10, log_requests=False)
-    service: Any = SimpleNamespace(config=config, metrics=metrics, infer=infer, traces=None, finished=lambda *_: None)
     sent = http_call(f"/v2/models/{'m'}/infer", "127.0.0.1", binary, headers)
     alone = uvloop.run(connection_us(_Nothing(), sent))
-    whole = uvloop.run(connection_us(Api(service), sent))
+    whole = uvloop.run(connection_us(Api(without_engine(infer, metrics)), sent))
     read, written = took_us(lambda: parse_call(binary, length)), took_us(lambda: render(call, "m", "1", outputs, FACTS))
     for part, us in {
         "connection and httptools": alone,

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import common
@@ -97,13 +98,15 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def http_caller(port: int, body: bytes) -> Callable[[], bytes]:
+def http_caller(
+    port: int, body: bytes, path: str = "/", headers: Mapping[str, str] = MappingProxyType({"x-user-id": "1"})
+) -> Callable[[], bytes]:
     """Return a call over an HTTP connection of its own."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_S)
 
     def call() -> bytes:
         try:
-            connection.request("POST", "/", body, {"x-user-id": "1"})
+            connection.request("POST", path, body, dict(headers))
             return connection.getresponse().read()
         except (OSError, http.client.HTTPException):
             connection.close()  # the next call opens it again
