@@ -13,6 +13,7 @@ import re
 import shlex
 import statistics
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -38,7 +39,7 @@ from grengines.tensorrt import library
 
 EXPERIMENTS = ROOT / "experiments"
 COMMANDS = re.findall(r"^\| `(python [^`]+)`", (EXPERIMENTS / "README.md").read_text(), re.MULTILINE)
-PROGRAMS = sorted(path.stem for path in EXPERIMENTS.glob("*.py") if path.stem != "common")
+PROGRAMS = sorted(path.stem for path in EXPERIMENTS.glob("*.py") if path.stem not in ("common", "library_servers"))
 Capture = pytest.CaptureFixture[str]
 
 
@@ -568,6 +569,26 @@ def test_the_proof_of_compare_keeps_its_engines_and_goes_on_from_its_records(
 def test_an_answer_without_the_times_of_the_engine_ends_the_front_end(program: Any, answer: bytes, said: str) -> None:
     with pytest.raises(SystemExit, match=said):
         program("front_end").parameters_of(answer)
+
+
+def test_the_front_end_is_measured_beside_a_library(program: Any, tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("fastapi")
+    words = ["--rounds", "2", "--candidates", "8", f"fastapi={sys.executable}"]
+    rows = rows_of(program("server_libraries"), tmp_path, capsys, *words)
+    assert [(row["library"], row["form"]) for row in rows] == [
+        (name, form) for name in ("grbench", "fastapi") for form in ("JSON", "binary")
+    ]
+    assert all(0 < row["p50_ms"] <= row["p99_ms"] for row in rows)
+    with pytest.raises(SystemExit):
+        program("server_libraries").main(["triton=python"])
+    assert "triton: allowed are grbench, fastapi, kserve, mlserver" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("body", [b"{}", b"no JSON", b'{"outputs": [{"shape": [8, 3]}]}'])
+def test_an_answer_without_all_scores_is_wrong(program: Any, body: bytes) -> None:
+    checked = program("server_libraries").checked
+    assert checked(lambda: body, 9)() == body
+    assert checked(lambda: b'{"outputs": [{"shape": [9, 3]}]}' + bytes(108), 9)() == b""
 
 
 @pytest.mark.parametrize("name", ["front_end", "overload"])
