@@ -74,9 +74,7 @@ def latency_summary(latencies_ms: npt.ArrayLike, arrivals_s: npt.ArrayLike | Non
             needed, why = samples_for_interval(percent), present
             if together >= needed:
                 why = f"these {count} are worth about {worth}, {WAIT_ALIKE}"
-                enough = math.ceil(count * needed / worth)
-                digits = 10 ** max(len(str(enough)) - 2, 0)
-                why += f"; about {-(-enough // digits) * digits} requests are enough"
+                why += f"; about {requests_for_interval(count, worth, percent)} requests are enough"
             summary.notes.append(f"{name} has no 95% interval: it needs {needed} samples, {why}")
     return summary
 
@@ -198,6 +196,16 @@ def samples_for_interval(percent: float) -> int:
     """Return the fewest samples that `percentile_interval` needs: each tail must hold one 97.5% of the time."""
     q, tail = percent / 100, (1 - CONFIDENCE) / 2
     return math.ceil(math.log(tail) / math.log(max(q, 1 - q)))
+
+
+def requests_for_interval(count: int, worth: int, percent: float) -> int:
+    """Return about how many requests give a percentile an interval, where `count` are worth `worth` independent ones.
+
+    It has two digits, and is rounded up.
+    """
+    enough = max(SAMPLES_NEEDED.get(percent, 1), math.ceil(count * samples_for_interval(percent) / worth))
+    digits: int = 10 ** max(len(str(enough)) - 2, 0)
+    return -(-enough // digits) * digits
 
 
 def across_runs(

@@ -5,7 +5,8 @@ latency limit. Among them
 
 - `offline` cells are ranked by throughput;
 - cells of another scenario at one offered load are ranked by the highest percentile that all of them have;
-- cells at several loads are ranked by the highest load at which the upper end of p99's 95% interval keeps the limit.
+- cells at several loads are ranked by the highest load at which the upper end of p99's 95% interval keeps the limit,
+  and those at one of these loads by latency, as above.
 
 Cells that differ only in their seed are repeats of one strategy, and its interval has the spread between them. A run
 with the same seed and options replaces the one before it. A single offline run of less than a second is not ranked,
@@ -18,11 +19,11 @@ each, the sentence has the scaling efficiency: the rate of several over that of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from grbench.execution.records import RunRecord
-from grbench.execution.stats import SHORTEST_S
+from grbench.execution.stats import PERCENTILES, SHORTEST_S, WORTH, requests_for_interval
 from grbench.report.cells import figure, flatten, knobs, labels, named, short_paths, shown
 from grbench.report.repeats import P99_NEEDS, estimate, latest_by_seed, pooled, ranking_percentile
 from grbench.report.work import (
@@ -38,6 +39,8 @@ from grbench.report.work import (
     unit_of,
     work_of,
 )
+
+P99 = "latency_ms/p99"
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def _by_speed(group: list[RunRecord]) -> Finding:
     if scenario_of(group[0]) == "offline":
         found = _highest_throughput(group)
     elif len({offered_load(record) for record in group}) == 1:
-        found = _lowest_latency(group)
+        found = _lowest_latency(_strategies(group), _why_not_p99)
     else:
         found = _highest_load(group)
     return Finding(found.best, " ".join([found.sentence, *_scaling(group)]))
@@ -198,9 +201,13 @@ def _highest_throughput(group: list[RunRecord]) -> Finding:
     return Finding(best.records, f"Offline, {first}: {best} requests/s{best.runs}{_next(others, best)}{single}.")
 
 
-def _lowest_latency(group: list[RunRecord]) -> Finding:
+def _lowest_latency(
+    strategies: dict[str, list[RunRecord]], why_not_p99: Callable[[Sequence[RunRecord]], str] = lambda group: ""
+) -> Finding:
+    """Rank strategies at one load. why_not_p99: returns what follows where another percentile ranks them."""
+    group = [run for runs in strategies.values() for run in runs]
     percentile = ranking_percentile(group)
-    ranked = [_estimate(label, runs, f"latency_ms/{percentile}") for label, runs in _strategies(group).items()]
+    ranked = [_estimate(label, runs, f"latency_ms/{percentile}") for label, runs in strategies.items()]
     best, *others = sorted(ranked, key=lambda e: e.value)
     where = (
         f"In {scenario_of(group[0])}"
@@ -209,7 +216,7 @@ def _lowest_latency(group: list[RunRecord]) -> Finding:
     )
     # The limit is one of p99.
     limit = _against_limit(best, group[0].spec.get("latency_limit_ms")) if percentile == "p99" else ""
-    why = "" if percentile == "p99" else _why_not_p99(group)
+    why = "" if percentile == "p99" else why_not_p99(group)
     if not others:
         return Finding(best.records, f"{where}, {best.label} has a {percentile} of {best} ms{best.runs}{limit}{why}.")
     ties = _ties(best, others)
@@ -229,12 +236,25 @@ def _highest_load(group: list[RunRecord]) -> Finding:
     limit = group[0].spec.get("latency_limit_ms")
     limit_ms = float("inf") if limit is None else float(limit)
     unit = unit_of(group[0])
-    every = sorted(_at_loads(group), key=lambda pair: (-pair[0], pair[1].value))
+    strategies = _strategies(group)
+    loads = _at_loads(strategies)
+    cells = [(load, label, runs) for load, those in loads.items() for label, runs in those.items()]
+    every = [
+        (load, _estimate(label, runs, P99)) for load, label, runs in cells if all(P99 in run.metrics for run in runs)
+    ]
+    every.sort(key=lambda pair: (-pair[0], pair[1].value))
+    short = [run for load, label, runs in cells if not _has_p99(runs) for run in runs]
     kept: dict[str, tuple[float, Estimate]] = {}  # of each strategy the highest load that keeps the limit
     for load, one in every:
         if one.interval and one.interval[1] <= limit_ms:
             kept.setdefault(one.label, (load, one))
     within = f"p99 within {limit_ms:g} ms" if limit is not None else "a p99"
+    rest = "".join(f" {_lowest_latency(those).sentence}" for _, those in sorted(loads.items()) if len(those) > 1)
+    lack = sum(not _has_p99(runs) for _, _, runs in cells)
+    few = f"scenario.queries={max(map(_enough_for_p99, short), default=0)} is about enough"
+    if lack == len(cells):
+        text = f"In {scenario_of(group[0])}, the requests of every cell are too few for a p99 with an interval: {few}."
+        return Finding((), text + rest)
     if not kept:
         text = f"In {scenario_of(group[0])}, no cell has {within} for certain"
         if near := next(((load, e) for load, e in every if limit is not None and e.value <= limit_ms), None):
@@ -242,7 +262,10 @@ def _highest_load(group: list[RunRecord]) -> Finding:
             interval = "" if best.interval else " without an interval"
             text += f"; nearest is {best.label} at {load:g} {unit} (p99 {best} ms{interval})"
             text += ": raise scenario.queries or set runner.repeats=5"
-        return Finding((), f"{text}.")
+        if lack:
+            have = "has" if lack == 1 else "have"
+            text += f"; {lack} of {len(cells)} cells {have} too few requests for an interval: {few}"
+        return Finding((), f"{text}.{rest}")
     (load, best), *others = kept.values()
     equal = [estimate for other, estimate in others if other == load]
     lower = [(other, estimate) for other, estimate in others if other < load]
@@ -250,18 +273,30 @@ def _highest_load(group: list[RunRecord]) -> Finding:
     text += f" (p99 {best} ms{best.runs.replace('(', 'over ').rstrip(')')})"
     if lower:
         text += f"; next is {lower[0][1].label} with {lower[0][0]:g}"
-    return Finding(best.records, f"In {scenario_of(group[0])}, {text}.")
+    return Finding(best.records, f"In {scenario_of(group[0])}, {text}.{rest}")
 
 
-def _at_loads(group: list[RunRecord]) -> Iterator[tuple[float, Estimate]]:
-    """Yield each load of each strategy with its p99, if all its runs have one."""
-    for label, runs in _strategies(group).items():
-        loads: dict[float, list[RunRecord]] = {}
+def _at_loads(strategies: dict[str, list[RunRecord]]) -> dict[float, dict[str, list[RunRecord]]]:
+    """Return by load the runs of each strategy."""
+    loads: dict[float, dict[str, list[RunRecord]]] = {}
+    for label, runs in strategies.items():
         for run in runs:
-            loads.setdefault(offered_load(run) or 0.0, []).append(run)
-        for load, those in loads.items():
-            if all("latency_ms/p99" in run.metrics for run in those):
-                yield load, _estimate(label, those, "latency_ms/p99")
+            loads.setdefault(offered_load(run) or 0.0, {}).setdefault(label, []).append(run)
+    return loads
+
+
+def _has_p99(runs: Sequence[RunRecord]) -> bool:
+    """Return whether the runs of a cell have a p99 with an interval together."""
+    return all(P99 in run.metrics for run in runs) and estimate(runs, P99)[1] is not None
+
+
+def _enough_for_p99(record: RunRecord) -> int:
+    """Return about how many requests give the p99 of a cell an interval."""
+    metrics = record.metrics
+    worth = [metrics[name] for p in PERCENTILES if (name := f"latency_ms/p{p:g}{WORTH}") in metrics]
+    if "samples" in metrics and worth:
+        return requests_for_interval(int(metrics["samples"]), int(min(worth)), 99.0)
+    return requests_for_interval(1, 1, 99.0)  # at least: an earlier version's record does not say what they are worth
 
 
 def _strategies(group: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:

@@ -50,11 +50,14 @@ def best_first(records: Sequence[RunRecord]) -> list[RunRecord]:
 
     Those with emulated products follow, and those without a result come last.
 
-    At several loads those that keep the latency limit come first, from the highest load down.
+    At several loads the cells of each load are ranked by themselves, those first that keep the latency limit. The loads
+    at which a cell keeps it come first, and go down from the highest.
     """
-    several = len({offered_load(record) for record in records}) > 1
-    # At several loads the sentence goes by p99 alone, which all cells that keep the limit have.
-    metric = "latency_ms/p99" if several else f"latency_ms/{ranking_percentile(records)}"
+    loads: dict[float | None, list[RunRecord]] = {}
+    for record in records:
+        loads.setdefault(offered_load(record), []).append(record)
+    metrics = {load: f"latency_ms/{ranking_percentile(those)}" for load, those in loads.items()}
+    kept = {load: any(limit_verdict(record) == "yes" for record in those) for load, those in loads.items()}
 
     def place(record: RunRecord) -> tuple[float, ...]:
         if not record.ok:
@@ -62,10 +65,11 @@ def best_first(records: Sequence[RunRecord]) -> list[RunRecord]:
         tier = int(emulated(record))
         if scenario_of(record) == "offline":
             return tier, -record.metrics.get("throughput_rps", 0.0)
-        latency = record.metrics.get(metric, float("inf"))
-        if not several:
+        load = offered_load(record)
+        latency = record.metrics.get(metrics[load], float("inf"))
+        if len(loads) == 1:
             return tier, latency
-        return tier, limit_verdict(record) != "yes", -(offered_load(record) or 0.0), latency
+        return tier, not kept[load], -(load or 0.0), limit_verdict(record) != "yes", latency
 
     return sorted(records, key=place)
 

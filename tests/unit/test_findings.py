@@ -124,7 +124,10 @@ def test_over_several_loads_the_highest_that_keeps_the_limit_leads() -> None:
     assert [r.spec["scenario"]["target_qps"] for r in found.best] == [200]
     assert found.sentence == (
         "In server, aoti: the highest load with p99 within 80 ms is 200 requests/s (p99 70.0 [63.0, 77.0] ms); "
-        "next is hstu with 100."
+        "next is hstu with 100. At 50 requests/s, hstu has the lowest p99: 20.0 [18.0, 22.0] ms, within the limit of "
+        "80 ms; next is aoti with 30.0 [27.0, 33.0] ms. At 100 requests/s, aoti has the lowest p99: 35.0 [31.5, 38.5] "
+        "ms, within the limit of 80 ms; next is hstu with 60.0 [54.0, 66.0] ms. At 200 requests/s, aoti has the lowest "
+        "p99: 70.0 [63.0, 77.0] ms, within the limit of 80 ms; next is hstu with 300 [270, 330] ms."
     )
     late = [cell(p99, load=load) for p99, load in ((100, 50), (90, 20))]
     assert findings(late)[0].best == ()
@@ -133,8 +136,30 @@ def test_over_several_loads_the_highest_that_keeps_the_limit_leads() -> None:
     unknown.intervals = {}
     assert sentences(*late, cell(79, load=40), unknown) == [
         "In server, no cell has p99 within 80 ms for certain; nearest is hstu at 40 requests/s (p99 79.0 [71.1, 86.9] "
-        "ms): raise scenario.queries or set runner.repeats=5."
+        "ms): raise scenario.queries or set runner.repeats=5; 1 of 4 cells has too few requests for an interval: "
+        "scenario.queries=1000 is about enough."
     ]
+
+
+def test_too_few_requests_are_said_to_be_too_few_and_rank_within_each_load() -> None:
+    """300 requests give no p99, whatever the limit; those of one cell are worth 15 independent ones."""
+    latencies = {(20, "hstu"): 30, (20, "aoti"): 8, (40, "hstu"): 10, (40, "aoti"): 20}
+    cells = {(load, engine): cell(p99, load=load, engine=engine) for (load, engine), p99 in latencies.items()}
+    for (load, engine), one in cells.items():
+        del one.metrics[P99], one.intervals[P99]
+        few = (load, engine) == (40, "aoti")
+        one.metrics |= {"samples": 300.0, "latency_ms/p50_worth": 300.0, "latency_ms/p90_worth": 15.0 if few else 54.0}
+        one.intervals["latency_ms/p90"] = [one.metrics["latency_ms/p90"] * (1 + end) for end in (-0.1, 0.1)]
+    (found,) = findings(list(cells.values()))
+    assert found.best == ()
+    assert found.sentence == (
+        "In server, the requests of every cell are too few for a p99 with an interval: scenario.queries=7400 is about "
+        "enough. "
+        "At 20 requests/s, aoti has the lowest p90: 4.00 [3.60, 4.40] ms; next is hstu with 15.0 [13.5, 16.5] ms. "
+        "At 40 requests/s, hstu has the lowest p90: 5.00 [4.50, 5.50] ms; next is aoti with 10.0 [9.00, 11.0] ms."
+    )
+    order = [(40, "hstu"), (40, "aoti"), (20, "aoti"), (20, "hstu")]
+    assert best_first(list(cells.values())) == [cells[which] for which in order]
 
 
 def test_offline_cells_are_ranked_by_throughput() -> None:
