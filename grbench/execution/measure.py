@@ -109,7 +109,7 @@ def _rate_interval(samples: dict[str, np.ndarray]) -> list[float] | None:
 
 
 def _beside_loadgen(samples: dict[str, np.ndarray], metrics: dict[str, float]) -> list[str]:
-    """Return a note for each of LoadGen's percentiles that is outside the interval of ours.
+    """Return a note for each of LoadGen's percentiles that is outside the interval of ours, or far from it without one.
 
     LoadGen times queries: its latency is that of the last request of those that arrived together. It counts the calls
     between itself and Python too, for which CALLS_MS and 1% are allowed.
@@ -129,8 +129,9 @@ def _beside_loadgen(samples: dict[str, np.ndarray], metrics: dict[str, float]) -
         low, high = ours.intervals.get(name) or stats.percentile_interval(latencies, percent) or (middle, middle)
         allowed = max(CALLS_MS, 0.01 * middle)
         if not low - allowed <= value <= high + allowed:
+            ends = f" [{low:.3g}, {high:.3g}]" if name in ours.intervals else ""
             notes.append(
-                f"LoadGen's own p{percent:g} is {value:.3g} ms, grbench's {middle:.3g} [{low:.3g}, {high:.3g}] ms: "
+                f"LoadGen's own p{percent:g} is {value:.3g} ms, grbench's {middle:.3g}{ends} ms: "
                 "requests waited between LoadGen and the batcher, or after their answers; don't rely on either"
             )
     return notes

@@ -36,7 +36,7 @@ import numpy.typing as npt
 from grbench.execution import stats
 from grbench.execution.environment import machine_of
 from grbench.execution.records import RunRecord
-from grbench.report.cells import Cell, counted, figure, labels, named, shown
+from grbench.report.cells import GROUPS, Cell, counted, engine_name, figure, labels, named, shown
 from grbench.report.frame import ReportError, load_samples
 from grbench.report.repeats import RERUNS, pooled
 from grbench.report.table import notes
@@ -115,6 +115,14 @@ class Comparison:
     differing: dict[str, tuple[str, str]] = field(default_factory=dict)  # option: base, new
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def chosen(self) -> dict[str, tuple[str, str]]:
+        """The options in `differing` that both sides have: an engine's own options follow from its name."""
+        groups = {group for group in GROUPS if group in self.differing}
+        return {
+            key: sides for key, sides in self.differing.items() if all(sides) or key.partition(".")[0] not in groups
+        }
+
     def counts(self, tolerance: float = 0.0, margin: float = MARGIN) -> dict[Verdict, int]:
         """Return how many changes have each verdict."""
         found = [change.verdict(tolerance, margin) for change in self.changes]
@@ -154,10 +162,7 @@ def compare(
             result.notes.append(f"{counted(len(slow), f'{name} cell')} left out, because {EMULATED}{which(slow)}")
     if not common:
         raise ReportError(NOTHING_IN_COMMON)
-    first = [matched[0][key][0][1] for key in common]
-    names = (
-        labels(first, ignore=["seed", *result.differing]) if len(first) > 1 else [str(first[0].spec["engine"]["name"])]
-    )
+    names = _names([(matched[0][key][0][1], matched[1][key][0][1]) for key in common], ["seed", *result.differing])
     for done, (key, name) in enumerate(zip(common, names, strict=True)):
         progress(done, len(common))
         result.changes += _changes(name, matched[0][key], matched[1][key], result.notes)
@@ -177,6 +182,19 @@ def compare(
         apart = [name for key, name in zip(common, names, strict=True) if orders[key] == order]
         result.notes.append(APART.format(*order) + (f": {named(apart)}" if len(common) > 1 else ""))
     return result
+
+
+def _names(pairs: Sequence[tuple[RunRecord, RunRecord]], ignore: Sequence[str]) -> list[str]:
+    """Return the names of cells, each with the engines of BASE and NEW where these are two.
+
+    ignore: options that are no part of a name.
+    """
+    engines = [[engine_name(record.spec) for record in pair] for pair in pairs]
+    names = [engines[0][0]] if len(pairs) == 1 else labels([base for base, _ in pairs], ignore)
+    return [
+        name if base == new else f"{base} -> {new} {f'{name} '.removeprefix(f'{base} ')}".rstrip()
+        for name, (base, new) in zip(names, engines, strict=True)
+    ]
 
 
 def _notes_of_cells(*sides: Sequence[tuple[str, Sequence[Cell]]]) -> list[str]:
@@ -289,7 +307,7 @@ def _change(
         try:
             low, high = _within_runs(metric, base[0][0], new[0][0], seeds[0] == seeds[1], confidence)
         except ReportError as e:
-            notes.append(f"{name} has no intervals of latencies: {e}")
+            notes.append(f"{name} lacks an interval: {e}")
     else:
         middle, half = t_interval(np.log(values[0]), np.log(values[1]), seeds[0] == seeds[1], confidence)
         ratio, low, high = math.exp(middle), math.exp(middle - half), math.exp(middle + half)
@@ -314,7 +332,8 @@ def t_interval(base: Floats, new: Floats, paired: bool, confidence: float) -> tu
 def _within_runs(metric: str, base: Path, new: Path, paired: bool, confidence: float) -> tuple[float, float]:
     """Return the interval of the ratio of a percentile from the requests of one run a side; NaN of another metric.
 
-    Raises ReportError for samples that can't be read.
+    Raises ReportError for samples that can't be read, and for those that are worth too few independent ones: their few
+    blocks would be drawn again and again, and the interval would be far too narrow.
     """
     if metric in HIGHER_IS_BETTER:
         return math.nan, math.nan
@@ -322,9 +341,16 @@ def _within_runs(metric: str, base: Path, new: Path, paired: bool, confidence: f
     latencies = [table["latency_ms"].to_numpy() for table in tables]
     blocks = []
     percent = float(metric.rpartition("/p")[2])
-    for table, values in zip(tables, latencies, strict=True):
+    for side, table, values in zip(("BASE", "NEW"), tables, latencies, strict=True):
         groups = np.unique(table["arrival_s"], return_inverse=True)[1]
-        blocks.append(math.ceil(len(values) / stats.independent_samples(values, groups, percent)))
+        worth, needed = stats.independent_samples(values, groups, percent), stats.samples_for_interval(percent)
+        if worth < needed:
+            enough = stats.requests_for_interval(len(values), worth, percent)
+            raise ReportError(
+                f"p{percent:g} needs {needed} independent samples, and {len(values)} requests of {side} are worth "
+                f"about {worth}; scenario.queries={enough} is about enough"
+            )
+        blocks.append(math.ceil(len(values) / worth))
     same = paired and np.array_equal(tables[0]["request_id"], tables[1]["request_id"])
     return bootstrap_interval(latencies[0], latencies[1], percent, max(blocks), same, confidence)
 

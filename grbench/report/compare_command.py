@@ -118,7 +118,7 @@ def main(words: Sequence[str]) -> int:
         found = {**asdict(comparison), **shares, "changes": rows, "counts": counts, "left_out": lacking}
         print(json.dumps(records.finite(found), indent=1))
     else:
-        _print(list(lines(comparison)), comparison.differing, comparison.notes)
+        _print(list(lines(comparison)), comparison.chosen, comparison.notes)
         print("; ".join(f"{n} {verdict}" for verdict, n in counts.items() if n) or "no metric in common")
     codes = {Verdict.SLOWER: 1, Verdict.UNKNOWN: 4, Verdict.UNDECIDED: 3}
     return next((code for verdict, code in codes.items() if counts[verdict]), 0)

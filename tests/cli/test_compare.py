@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers.cells import write_cell
 from helpers.command import Grbench
@@ -234,6 +235,38 @@ def test_one_offline_run_a_side_decides_nothing(tmp_path: Path, grbench_here: Gr
     assert done.returncode == 4 and done.stdout.endswith("1 not known\n")
 
 
+@pytest.mark.parametrize("batches", [(8,), (8, 16)])
+def test_a_row_names_the_engines_of_both_sides(tmp_path: Path, grbench_here: Grbench, batches: tuple[int, ...]) -> None:
+    """Options that one engine has and the other lacks follow from the engine, and are not listed."""
+    for batch in batches:
+        name = f"{batch}"
+        write_cell(tmp_path / "base" / name, "engine=hstu", f"scenario.max_batch={batch}", "scenario.in_flight=2")
+        write_cell(tmp_path / "new" / name, "engine=onnxruntime", f"scenario.max_batch={batch}", "scenario.in_flight=1")
+        path = tmp_path / "new" / name / "record.json"
+        content = json.loads(path.read_text())
+        del content["spec"]["engine"]["graph_lengths"]
+        path.write_text(json.dumps(content))
+    done = grbench_here("compare", "base", "new")
+    lines = done.stdout.splitlines()
+    assert lines[0] == "base -> new differ in engine: hstu -> onnxruntime, scenario.in_flight: 2 -> 1"
+    rows = [line.split("   ")[0] for line in lines if line.startswith("hstu -> onnxruntime")]
+    each = [f"hstu -> onnxruntime max_batch={batch}" for batch in batches] if len(batches) > 1 else [rows[0]]
+    assert rows == [name for name in each for _ in ("p50", "p99")]
+
+
+def test_samples_that_are_worth_too_few_give_no_interval(tmp_path: Path, grbench_here: Grbench) -> None:
+    """Latencies that drift are worth one independent sample: resampling its one block never changes a percentile."""
+    for side, scale in (("base", 1.0), ("new", 1.1)):
+        write_cell(tmp_path / side / "a", queries=300)
+        samples = tmp_path / side / "a" / "samples.parquet"
+        table = pd.read_parquet(samples)
+        table.assign(latency_ms=np.linspace(1, 2, 300) * scale).to_parquet(samples)
+    done = grbench_here("compare", "base", "new")
+    assert done.returncode == 4 and "[" not in done.stdout, done.stdout
+    assert "hstu lacks an interval: p50 needs 6 independent samples, and 300 requests of BASE are worth " in done.stdout
+    assert "not known" in done.stdout
+
+
 @pytest.mark.parametrize("content", [None, b"", b"PAR1 cut"])
 def test_samples_that_cannot_be_read_cost_the_interval_and_are_named(
     tmp_path: Path, grbench_here: Grbench, content: bytes | None
@@ -245,7 +278,7 @@ def test_samples_that_cannot_be_read_cost_the_interval_and_are_named(
     samples.write_bytes(content) if content is not None else samples.unlink()
     done = grbench_here("compare", "base", "new")
     [line] = [line for line in done.stdout.splitlines() if "samples.parquet" in line]
-    assert line.startswith("note: hstu max_batch=8 has no intervals of latencies: new/a/samples.parquet: ")
+    assert line.startswith("note: hstu max_batch=8 lacks an interval: new/a/samples.parquet: ")
     rows = [line for line in done.stdout.splitlines() if line.startswith("hstu max_batch=")]
     assert ["not known" in row for row in rows] == [True, True, False, False]  # two metrics of each cell
 

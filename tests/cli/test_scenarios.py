@@ -93,6 +93,13 @@ def test_loadgens_own_percentiles_agree_with_ours(config: ScenarioConfig, tmp_pa
     assert (tmp_path / "mlperf_log_summary.txt").exists()
 
 
+def test_a_percentile_without_an_interval_is_set_beside_loadgens_without_one() -> None:
+    """300 samples that drift are worth few: they have no interval of p90."""
+    samples = {"arrival_s": np.arange(300.0), "latency_ms": np.linspace(10, 20, 300)}
+    [note] = beside_loadgen(samples, {"loadgen_latency_ms/p90": 40.0})
+    assert note.startswith("LoadGen's own p90 is 40 ms, grbench's 19 ms: requests waited")
+
+
 STALL_S = 1.0
 PR_GET_TIMERSLACK = 30  # of Linux's prctl
 
