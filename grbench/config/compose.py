@@ -274,7 +274,8 @@ def _plan_sweep(
     for key, choices in without.items():
         report(f"{key}: {', '.join(choices)} does not read it and runs without it; the other combinations use it")
     jobs = [job for _, job, _ in planned]
-    return Invocation(tuple(overrides), len(jobs), folder, tuple(map(_named, named))), jobs
+    shared = frozenset(common) if len(jobs) > 1 else frozenset[str]()
+    return Invocation(tuple(overrides), len(jobs), folder, tuple(map(_named, named)), common=shared), jobs
 
 
 def _compose_without(config_name: str, words: list[str], extra: list[str], lacks: dict[str, str]) -> DictConfig:

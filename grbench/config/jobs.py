@@ -14,6 +14,7 @@ class Invocation:
     total: 0 if it is not known before.
 
     skipped: a line for each combination of the sweep that cannot be, and why. config_dir: the user's own YAML files.
+    common: the overrides of every job of several, which no name of a job needs.
     """
 
     words: tuple[str, ...]
@@ -21,6 +22,7 @@ class Invocation:
     sweep: Path | None
     skipped: tuple[str, ...] = ()
     config_dir: Path | None = None
+    common: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

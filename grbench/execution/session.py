@@ -52,6 +52,8 @@ class CellSession:
     def __init__(self, run: RunConfig, invocation: Invocation, quiet: bool = False, gpus: int = 1) -> None:
         self._invocation, self._repeats = invocation, run.runner.repeats
         self._total = invocation.total * self._repeats
+        repeated_in = ("seed=",) if self._repeats > 1 else ()
+        self._shared = {word for word in invocation.common if not word.startswith(repeated_in)}
         self._form = run.runner.print
         self._jobs: list[Job] = []
         self._cells: list[tuple[Path, RunRecord]] = []
@@ -124,7 +126,8 @@ class CellSession:
         """Measure one cell. Returns None where it runs beside others and has only begun; `ended` then takes it."""
         spec: RunSpec = job.config[0]
         run: RunConfig = job.config[1]
-        name = label(Planned(spec.to_dict(), list(job.overrides)))
+        own = [word for word in job.overrides if word not in self._shared]
+        name = label(Planned(spec.to_dict(), own))
         self._begun += 1
         title = f"{self._begun}{f'/{self._total}' if self._total else ''} {name}"
         earlier, why_not = self._earlier.of(spec, run.runner.timeout_s)

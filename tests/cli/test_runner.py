@@ -146,6 +146,9 @@ def test_a_sweep_resumes_and_goes_on_past_a_cell_that_failed(grbench_here: Grben
     assert again.stderr.count("kept") == 4
     assert again.stderr.count("rerun_failed=true measures it again") == 2
     assert re.search(r"bf16 (device=)?cuda: UNAVAILABLE in a record of ", again.stderr)
+    titles = [line.partition(":")[0] for line in again.stderr.splitlines() if "kept" in line]
+    cells = [f"{precision} device={device}" for precision in ("fp32", "bf16") for device in ("cpu", "cuda")]
+    assert titles == [f"{i}/4 hstu closed_loop {cell}" for i, cell in enumerate(cells, 1)]  # not what all share
     assert len(found(tmp_path)) == 4
     failed_again = grbench_here(*sweep, "rerun_failed=true")
     assert failed_again.stderr.count("kept") == 2
