@@ -22,6 +22,7 @@ from grbench.config.arguments import CommandError
 from grbench.config.compose import CONFIG_DIR, all_read, explain, help_text, plan_jobs
 from grbench.config.jobs import Invocation, Job, Session
 from grbench.config.schema import ConfigError
+from grbench.execution.folders import made
 
 MODES = ("run", "multirun", "cfg", "info", "shell_completion", "hydra_help")  # flags of Hydra that say what to do
 
@@ -61,11 +62,11 @@ def run(
     require(jobs)
     session: Session | None = None
     try:
-        (invocation.sweep or jobs[0].folder).mkdir(parents=True, exist_ok=True)
-        session = new_session(jobs[0], dataclasses.replace(invocation, words=tuple(words)))
-        for job in jobs:
-            session.run(job)
-        session.finish()
+        with made(invocation.sweep or jobs[0].folder):
+            session = new_session(jobs[0], dataclasses.replace(invocation, words=tuple(words)))
+            for job in jobs:
+                session.run(job)
+            session.finish()
     except CommandError:
         if session is not None:
             session.close(cut_short="stopped")

@@ -49,7 +49,13 @@ def only_command(root: Path, words: Sequence[str]) -> Iterator[None]:
     """
     name = hashlib.sha256("\0".join(sorted(words)).encode()).hexdigest()[:16]
     path = root / ".running" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with made(path.parent), _only_holder(path, root):
+        yield
+
+
+@contextlib.contextmanager
+def _only_holder(path: Path, root: Path) -> Iterator[None]:
+    """Hold the file at `path`, which is removed at the end. Raises as `only_command`."""
     while True:
         with path.open("a+", encoding="utf-8") as holder:
             if not _locked(holder.fileno()):
@@ -94,6 +100,20 @@ def _spec_of(folder: Path) -> Any:
         return json.loads(json.loads((folder / JOB_FILE).read_text())["spec"])["values"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+@contextlib.contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder for results. If the block raises, what was made here and is still empty is removed."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in new:
+            with contextlib.suppress(OSError):  # it is not empty, or not there
+                path.rmdir()
+        raise
 
 
 def require_writable(folder: Path, typed: str, fix: str) -> None:

@@ -46,10 +46,13 @@ class Measured(NamedTuple):
 class CellSession:
     """Runs cells and keeps their records. `end` ends it; `close` also prints the table.
 
-    run: the options of the first cell. quiet: print no progress. gpus: the most that one of the cells takes.
+    run: the options of the first cell. quiet: print no progress. gpus: the most that one of the cells takes. held: the
+    caller holds the command line (`only_command`).
     """
 
-    def __init__(self, run: RunConfig, invocation: Invocation, quiet: bool = False, gpus: int = 1) -> None:
+    def __init__(
+        self, run: RunConfig, invocation: Invocation, quiet: bool = False, gpus: int = 1, held: bool = False
+    ) -> None:
         self._invocation, self._repeats = invocation, run.runner.repeats
         self._total = invocation.total * self._repeats
         repeated_in = ("seed=",) if self._repeats > 1 else ()
@@ -61,7 +64,7 @@ class CellSession:
         self._screen = Console(stderr=True, quiet=quiet)
         self._sweep_id = invocation.sweep.name if invocation.sweep else None
         with contextlib.ExitStack() as holds:  # a notebook may keep the error, and this with it
-            if self._sweep_id:
+            if self._sweep_id and not held:
                 holds.enter_context(only_command(self._root, invocation.words))
             self.parts = _parts(run, self._root, gpus)  # before anything is recorded, since a cluster may refuse them
             self._holds = holds.pop_all()

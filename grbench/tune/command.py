@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 
 from grbench.config.arguments import Arguments
+from grbench.config.schema import ConfigError
+from grbench.execution.folders import only_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +34,14 @@ def main(words: Sequence[str]) -> int:
 
     args = parser().parse_args(words)
     declared = config.declare(args.overrides, args.config_dir)
-    built = space.build(declared.axes, declared.typed, declared.fixed, args.config_dir)
-    from grbench.tune.session import TuneSession
+    root = config.output_root(declared)
+    with contextlib.ExitStack() as holds:  # before the space, which takes ten seconds
+        try:
+            holds.enter_context(only_command(root.absolute(), ["tune", *words]))
+        except OSError as e:
+            why = f"{e.strerror or e}; set runner.output_root to a folder that can be written"
+            raise ConfigError(f"runner.output_root={root}: {why}") from None
+        built = space.build(declared.axes, declared.typed, declared.fixed, args.config_dir)
+        from grbench.tune.session import TuneSession
 
-    return TuneSession(declared, built, list(words)).run()
+        return TuneSession(declared, built, list(words)).run()

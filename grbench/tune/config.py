@@ -6,12 +6,13 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from grbench.config.compose import axes_of, plan_jobs
+from grbench.config.compose import axes_of, compose_spec, plan_jobs
 from grbench.config.schema import ConfigError, RunConfig, checked
 from grbench.config.schema import register_schemas as register_groups
 from grbench.execution.gpu import visible_gpus
@@ -169,6 +170,13 @@ def declare(words: Sequence[str], config_dir: str | None = None) -> Declared:
         scenario,
         config_dir,
     )
+
+
+def output_root(declared: Declared) -> Path:
+    """Return the folder of the results of every run, before the runs are composed. Raises ConfigError."""
+    keys = ("runner.output_root", "study", "hydra.mode")
+    words = [word for word in declared.fixed if word.lstrip("+").partition("=")[0] in keys]
+    return Path(compose_spec(words, declared.config_dir)[1].runner.output_root)
 
 
 def to_config(cfg: DictConfig) -> TuneConfig:

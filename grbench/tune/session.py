@@ -19,7 +19,7 @@ from grbench.config.jobs import Invocation
 from grbench.config.schema import ConfigError
 from grbench.execution.clock import pace
 from grbench.execution.files import require_files
-from grbench.execution.folders import require_writable
+from grbench.execution.folders import made, require_writable
 from grbench.execution.ranks import require_gpus
 from grbench.execution.session import CellSession
 from grbench.tools import sizing
@@ -38,7 +38,10 @@ from grbench.tune.trial import Batching, Trial
 
 
 class TuneSession:
-    """Runs a search and says what it found. Every cell is kept, however the search ends."""
+    """Runs a search and says what it found. Every cell is kept, however the search ends.
+
+    The caller holds the command line (`only_command`).
+    """
 
     def __init__(self, declared: Declared, space: Space, words: Sequence[str]) -> None:
         self._declared, self._space, self._words = declared, space, words
@@ -53,9 +56,10 @@ class TuneSession:
         gpus = require_gpus(space.specs.values(), run.runner.cluster)
         root = Path(run.runner.output_root).absolute()
         self.folder = root / "tune" / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-        require_writable(self.folder, f"runner.output_root={run.runner.output_root}", "set runner.output_root to")
         invocation = Invocation(("tune", *words), 0, self.folder, config_dir=_path(declared.config_dir))
-        self._cells = CellSession(run, invocation, quiet=True, gpus=gpus)
+        with made(self.folder):
+            require_writable(self.folder, f"runner.output_root={run.runner.output_root}", "set runner.output_root to")
+            self._cells = CellSession(run, invocation, quiet=True, gpus=gpus, held=True)
         earlier = None if run.rerun else root
         self._evaluator = LiveEvaluator(self._cells, declared, space.specs, earlier, self.folder, self._say)
         batching = {

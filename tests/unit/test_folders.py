@@ -98,8 +98,26 @@ def test_a_sweep_and_a_search_are_refused_while_an_equal_one_runs(
     typed = [*words, f"runner.output_root={tmp_path}", "tracking=none"]
     with only_command(tmp_path, typed):
         refused = grbench_here(*typed)
+        assert [path.name for path in tmp_path.iterdir()] == [".running"]  # no folder for results that never come
     assert refused.returncode == 2 and f"process {os.getpid()} runs the same command in " in refused.stderr
-    assert not list(records.find(tmp_path))
+
+
+def test_a_search_is_refused_before_its_space_is_composed(grbench_here: Grbench, tmp_path: Path) -> None:
+    """A search without any legal configuration says so, but not while an equal one runs."""
+    typed = ["tune", "engine=onnxruntime", "engine.precision=bf16", f"runner.output_root={tmp_path / 'out'}"]
+    alone = grbench_here(*typed)
+    assert alone.returncode == 2 and "the space is empty" in alone.stderr
+    assert not list(tmp_path.iterdir())
+    with only_command(tmp_path / "out", typed):
+        refused = grbench_here(*typed)
+    assert refused.returncode == 2 and "runs the same command in " in refused.stderr
+
+
+@pytest.mark.parametrize("command", [["engine=hstu", "slurm.partition=gpu"], ["-m", "seed=0,1", "slurm.partition=gpu"]])
+def test_a_refused_command_leaves_no_folder(grbench_here: Grbench, tmp_path: Path, command: list[str]) -> None:
+    refused = grbench_here(*command, f"runner.output_root={tmp_path / 'out'}")
+    assert refused.returncode == 2 and "only jobs of Slurm take it" in refused.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cell_without_a_record_is_named_with_what_became_of_it(
