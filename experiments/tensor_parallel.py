@@ -62,6 +62,11 @@ class Case(NamedTuple):
 CASES = [Case(gpus, graphs, hit) for hit in (False, True) for gpus in (1, 2) for graphs in (True, False)]
 
 
+def cases_of(args: Any) -> list[Case]:
+    """The cases that the command asks for."""
+    return [case for case in CASES if case.graphs or not args.graphs]
+
+
 def predicted_ms(model: HSTUConfig, history: int, candidates: int, case: Case) -> tuple[float, float]:
     """Milliseconds of the device, and of the host's launches where they are not in a graph."""
     cached = history if case.hit else 0
@@ -96,14 +101,15 @@ def measure(
     state = len(pool) * kv_bytes(spec.model, history, "fp32") / 1e9
     cache = ["cache=lru", f"cache.memory_gb={3 * state}", "cache.admit_visit=1"]
     engines: dict[str, Any] = {}
+    cases = cases_of(args)
     try:
-        for case in CASES:
+        for case in cases:
             its = parse([*case.overrides, *(cache if case.hit else ["cache=none"])])
             engines[case.name] = common.engine_of(its, pool, len(pool))
-        actual = engines[CASES[0].name].actual()
+        actual = engines[cases[0].name].actual()
         gate = RankGate(spec, common.CATALOGUE, pool, actual["device"], actual["precision"])
         errors: dict[str, float] = {}
-        for case in CASES:
+        for case in cases:
             engine = engines[case.name]
             for _ in range(1 + case.hit):  # the second time from pages
                 errors[case.name] = gate.check(engine, len(pool)).error
@@ -116,7 +122,7 @@ def measure(
     finally:
         for engine in engines.values():
             engine.close()
-    for case in CASES:
+    for case in cases:
         times, first = (common.latency(calls[each.name]) for each in (case, Case(1, True, case.hit)))
         rows.add(
             **facts_of(spec, history, args.candidates, case),
@@ -133,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__ or "", rounds=40)
     parser.add_argument("--histories", type=int, nargs="+", default=[1024, 4096, 16384], metavar="EVENTS")
     parser.add_argument("--candidates", type=int, default=256, help="default: %(default)s")
+    parser.add_argument("--graphs", action="store_true", help="leave out the cases without CUDA graphs")
     parser.add_argument("--predict", action="store_true", help="print the predictions alone")
     args = parser.parse_args(arguments)
     models = [[]] if any(word.startswith("model=") for word in args.overrides) else MODELS
@@ -145,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         spec = parse([])
         for history in args.histories:
             if args.predict:
-                for case in CASES:
+                for case in cases_of(args):
                     rows.add(**facts_of(spec, history, args.candidates, case))
                 continue
             measure(rows, spec, parse, common.requests_of(2, history, args.candidates), args)  # two for the gate

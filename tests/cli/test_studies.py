@@ -243,6 +243,10 @@ def test_one_request_is_timed_on_one_and_two_ranks(
     predicted = [row["predicted_device_ms"] for row in rows]
     assert predicted[0] > predicted[4] > 0  # a hit has less to compute
     assert min(predicted[2], predicted[6]) > 2 * 2 * 10e-3  # two layers of two collectives
+    rows = rows_of(program("tensor_parallel"), tmp_path, capsys, "model=hstu_tiny", *sizes, "--graphs", "--predict")
+    assert [row["case"] for row in rows] == [
+        "one GPU, no cache", "two GPUs, no cache", "one GPU, hit", "two GPUs, hit"
+    ]  # fmt: skip
 
 
 def test_visits_of_a_search_are_timed(program: Any, tmp_path: Path, capsys: Capture) -> None:
