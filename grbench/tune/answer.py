@@ -43,13 +43,32 @@ class Answer:
 
 
 def answer(knowledge: Knowledge, certificate: Certificate | None) -> Answer | None:
-    """Return the answer of a search; None if nothing keeps the limits."""
+    """Return the answer of a search; None if nothing keeps the limits.
+
+    Where every rate that a probe has kept failed its certification, it is the highest of them, and the words say so.
+    """
     if certificate is not None:
         return Answer(knowledge, certificate.trial, certificate.step, certificate.together, certificate)
     best = knowledge.incumbent
-    if best is None or best.low is None or best.best is None:
-        return None
-    return Answer(knowledge, best, best.low, best.best, None)
+    if best is not None and best.low is not None:
+        return Answer(knowledge, best, best.low, best.probes[best.low], None)
+    held = [(step, trial) for trial in knowledge.trials for step in trial.held]
+    step, trial = max(held, key=lambda pair: pair[0], default=(0, None))
+    return None if trial is None else Answer(knowledge, trial, step, trial.probes[step], None)
+
+
+def leader(knowledge: Knowledge) -> str:
+    """Return the best so far in a few words, with the rate at which it failed its certification."""
+    best = knowledge.incumbent
+    trial = best or next((trial for trial in knowledge.trials if trial.refuted), None)
+    if trial is None:
+        return "none yet"
+    name = trial.configuration.name
+    words = "none yet" if best is None or best.low is None else f"{name} at {rates.rate_of(best.low):.4g}/s"
+    if trial.refuted is None:
+        return words
+    whose = "it" if best is not None else name
+    return f"{words} ({whose} failed its certification at {rates.rate_of(trial.refuted.step):.4g}/s)"
 
 
 def sentence(found: Answer) -> str:
@@ -124,7 +143,7 @@ def _reach(trial: Trial) -> str:
         if trial.high is not None and trial.high - trial.low <= 1:
             return f"{rates.rate_of(trial.low):.4g}"
         return f"at least {rates.rate_of(trial.low):.4g}"
-    if trial.high is not None and trial.high in trial.verdicts:
+    if trial.high is not None and (trial.refuted or trial.high in trial.verdicts):
         return f"less than {rates.rate_of(trial.high):.4g}"
     if trial.top is not None:
         return f"no more than {rates.rate_of(trial.top):.4g} (its offline rate; no load was tried)"
@@ -135,17 +154,14 @@ def binding(found: Answer) -> str:
     """Return which limit keeps the winner from more, or that its throughput does."""
     if found.knowledge.goal.rate is not None:
         return "The rate is fixed, so no limit binds it."
-    limit, outcome = found.trial.binding
-    high = found.trial.high
-    if limit is not None and outcome is not None and high is not None:
-        verdict = found.trial.verdicts[high][0]
-        how = "unsure there after the longest probe" if verdict is Verdict.UNSURE else "broken there"
-        return f"{limit} binds: at {rates.rate_of(high):.4g} requests/s {limit.shown(outcome)}, {how}."
-    if high is not None and high in found.trial.verdicts:
-        found_there = found.trial.probes[high]
-        return (
-            f"At {rates.rate_of(high):.4g} requests/s the probe ended early, {found_there.status}: {found_there.error}."
-        )
+    high, binds = found.trial.high, found.trial.binding
+    if high is not None and binds is not None:
+        verdict, limit, outcome = binds
+        if limit is None:
+            return f"At {rates.rate_of(high):.4g} requests/s the probe ended early, {outcome.status}: {outcome.error}."
+        how = {Verdict.UNSURE: "unsure there after the longest probe", Verdict.LIKELY: "not proven there"}
+        words = f"{limit} binds: at {rates.rate_of(high):.4g} requests/s {limit.shown(outcome)}"
+        return f"{words}, {how.get(verdict, 'broken there')}."
     if found.trial.top is not None and (found.trial.low or 0) >= found.trial.top:
         return f"No limit binds: offline it answers {rates.rate_of(found.trial.top):.4g} requests/s, and not more."
     return "Which limit binds was not measured: no higher rate was probed before the budget ended."

@@ -12,7 +12,7 @@ from grbench.tune import rates
 from grbench.tune.knowledge import BOTTOM, Knowledge
 from grbench.tune.limits import Verdict, judge
 from grbench.tune.outcome import Evaluator, Outcome, Probe, Wanted
-from grbench.tune.trial import HELD, Goal, Progress, Trial, quiet
+from grbench.tune.trial import HELD, Goal, Progress, Refutation, Trial, quiet
 from grbench.tune.worth import POOLED, requests_needed
 
 CERTIFIED = 10_000  # requests of a run that certifies, at least
@@ -35,6 +35,17 @@ class Try:
 
     step: int
     margin: int = MARGIN
+
+
+@dataclass
+class Candidate:
+    """A trial to certify, with its best rate and its score before any run failed. fall: steps of its last one."""
+
+    trial: Trial
+    low: int
+    score: float
+    attempt: Try | None = None
+    fall: int = STEPS // 2
 
 
 @dataclass
@@ -79,9 +90,9 @@ def plan(goal: Goal, evaluator: Evaluator, trial: Trial) -> list[Wanted]:
 
     Returns none if even those of the lowest rates and the least margin would be more than `MOST`.
     """
-    if (first := _first_step(goal, trial)) is None:
+    if trial.low is None:
         return []
-    planned = _with_room(goal, evaluator, trial, first, [SHARE, MOST])
+    planned = _with_room(goal, evaluator, trial, _first_step(goal, trial, trial.low), [SHARE, MOST])
     return [] if planned is None else certifying(goal, evaluator, trial, planned)
 
 
@@ -92,46 +103,80 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
     keeps the limits, or if the budget has room for none; `knowledge.uncertified` then says why.
     """
     goal = knowledge.goal
-    failures: list[str] = []
+    failures = [f"{trial.configuration.name} at {trial.refuted}" for trial in knowledge.trials if trial.refuted]
     missing = ""  # what the budget lacks, of the first that it has no room for
-    falls: dict[int, int] = {}  # steps by which each trial was lowered last
     beyond = False  # a figure was beyond its limit
-    firsts = ((trial, _first_step(goal, trial)) for trial in knowledge.ranking())
-    tries = {id(trial): None if step is None else Try(step) for trial, step in firsts}
-    while open_ := [(trial, attempt) for trial in knowledge.ranking() if (attempt := tries[id(trial)]) is not None]:
-        trial, attempt = max(open_, key=lambda pair: _score_at(knowledge, pair[0], pair[1].step))
+    ranked = ((trial, trial.low) for trial in knowledge.ranking())
+    candidates = [Candidate(trial, low, knowledge.score(trial)) for trial, low in ranked if low is not None]
+    for candidate in candidates:
+        candidate.attempt = Try(_first_step(goal, candidate.trial, candidate.low))
+    while open_ := [(candidate, attempt) for candidate in candidates if (attempt := candidate.attempt) is not None]:
+        candidate, attempt = max(open_, key=lambda pair: _score_at(goal, pair[0], pair[1].step))
+        trial = candidate.trial
         if without := _missing(goal, evaluator, trial, attempt):
             missing = missing or without
-            tries[id(trial)] = _with_room(goal, evaluator, trial, attempt.step, [evaluator.left()])
+            candidate.attempt = _with_room(goal, evaluator, trial, attempt.step, [evaluator.left()])
             continue
-        if (lowered := _with_another(goal, evaluator, trial, attempt, beyond)) != attempt:
+        if (lowered := _with_another(goal, evaluator, candidate, attempt, beyond)) != attempt:
             failures.append(_instead(goal, evaluator, trial, attempt, lowered))
-        outcomes, found, why = _runs(goal, evaluator, progress, trial, lowered)
+        outcomes, found, refutation = _runs(goal, evaluator, progress, trial, lowered)
         step = lowered.step
-        if not why:
+        if refutation is None:
             knowledge.concluded = True
             return Certificate(trial, step, outcomes, found, [*failures, *([missing] if missing else [])])
-        trial.refuted = f"{rates.rate_of(step):.4g} requests/s {why}"
-        failures.append(f"{trial.configuration.name} at {trial.refuted}")
+        trial.refute(refutation)
+        failures.append(f"{trial.configuration.name} at {refutation}")
         static = [limit for limit in goal.limits if limit.static]
         if found.ok and judge(static, found)[0] is not Verdict.KEPT:  # no other rate proves it either
-            tries[id(trial)] = None
+            candidate.attempt = None
             continue
         fall = STEPS
         if not found.ok or judge(goal.limits, found)[0] is not Verdict.LIKELY:
             beyond = True
-            falls[id(trial)] = fall = 2 * falls.get(id(trial), STEPS // 2)
-        tries[id(trial)] = Try(step - fall) if step - fall >= _lowest(goal, trial, step) else None
+            candidate.fall = fall = 2 * candidate.fall
+        lower = _proven(goal, trial, step - 1, step - fall)
+        candidate.attempt = Try(lower) if lower >= _lowest(goal, trial, step) else None
     knowledge.uncertified = "; ".join([*([missing] if missing else []), *failures[-1:]])
     return None
 
 
-def _first_step(goal: Goal, trial: Trial) -> int | None:
+def recall(goal: Goal, evaluator: Evaluator, trial: Trial, runs: Sequence[tuple[Probe, Outcome]]) -> None:
+    """Take the certifying runs of earlier searches into a trial: what they prove, and the lowest rate that failed.
+
+    A rate that failed stays so, with whatever limits it was measured, because who looks until it passes finds what is
+    not there.
+    """
+    kept: dict[int, dict[int, tuple[Probe, Outcome]]] = {}  # by step and seed, of each the longest
+    for probe, outcome in sorted(runs, key=lambda run: run[0].requests):
+        assert probe.rate is not None
+        trial.measured, step = True, rates.step_below(probe.rate * 1.001)
+        if (refutation := _alone(goal, step, probe, outcome)) is not None:
+            trial.refute(refutation)
+        else:
+            kept.setdefault(step, {})[probe.seed] = probe, outcome
+    for step, by_seed in kept.items():
+        trial.recalled[step] = [probe for _, (probe, _) in sorted(by_seed.items())]
+        outcomes = [outcome for _, (_, outcome) in sorted(by_seed.items())]
+        found = trial.certifying[step] = evaluator.pool(outcomes)
+        if len(outcomes) < max(goal.runs, 1):
+            continue
+        if (refutation := _together(goal, step, outcomes, found)) is not None:
+            trial.refute(refutation)
+        else:
+            trial.enter(rates.rate_of(step), found, (Verdict.KEPT, None))
+
+
+def _proven(goal: Goal, trial: Trial, most: int, least: int) -> int:
+    """Return the highest step that runs of earlier searches prove, of those from `most` to `least`; else `least`."""
+    whole = (step for step, runs in trial.recalled.items() if len(runs) >= goal.runs and least <= step <= most)
+    return max(whole, default=least)
+
+
+def _first_step(goal: Goal, trial: Trial, low: int) -> int:
     """Return the step to certify first: the best one, or a lower one if its interval is not within."""
-    step = trial.low
-    if step is None or goal.rate is not None or trial.verdicts[step][0] is Verdict.KEPT:
-        return step
-    return step - STEPS
+    if goal.rate is not None or trial.verdicts[low][0] is Verdict.KEPT:
+        return low
+    return _proven(goal, trial, low, low - STEPS)
 
 
 def _lowest(goal: Goal, trial: Trial, step: int) -> int:
@@ -152,13 +197,16 @@ def _with_room(goal: Goal, evaluator: Evaluator, trial: Trial, step: int, shares
     return None
 
 
-def _with_another(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try, beyond: bool) -> Try:
+def _with_another(goal: Goal, evaluator: Evaluator, candidate: Candidate, attempt: Try, beyond: bool) -> Try:
     """Return a try after which the budget has room for another one: this one, or the highest of up to `LAST` lower.
+
+    One whose runs are there already stays as it is.
 
     If there is none, it is the one that takes least of the budget, so that other work is the least likely to come:
     requests are worth more at a lower rate, but 10,000 of them take longer. Where all take the same, as in a budget of
     cells, it is the one lower by `LAST`, and until a figure was beyond its limit, `STEPS` below the first.
     """
+    trial = candidate.trial
     lowest = max(attempt.step - LAST, _lowest(goal, trial, attempt.step))
     steps, left = range(attempt.step, lowest - 1, -1), evaluator.left() + ROUNDING
 
@@ -169,13 +217,12 @@ def _with_another(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try, 
         return evaluator.share(certifying(goal, evaluator, trial, at(step)))
 
     for step in steps:
-        if share(step) + share(step - STEPS) <= left:
+        if not share(step) or share(step) + share(step - STEPS) <= left:
             return at(step)
     shares = [share(step) for step in steps]
     if min(shares) < max(shares):
         return at(steps[shares.index(min(shares))])
-    first = _first_step(goal, trial)
-    assert first is not None  # there is a try
+    first = _first_step(goal, trial, candidate.low)
     return at(lowest if beyond else max(lowest, min(attempt.step, first - STEPS)))
 
 
@@ -190,15 +237,15 @@ def _instead(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try, lower
     )
 
 
-def _score_at(knowledge: Knowledge, trial: Trial, step: int) -> float:
-    """Return the score of a trial at a step to certify; larger is better.
+def _score_at(goal: Goal, candidate: Candidate, step: int) -> float:
+    """Return the score of a candidate at a step to certify; larger is better.
 
     A lower rate multiplies the cost of a request by the ratio of the rates at most: what a machine takes a second does
     not grow.
     """
-    if knowledge.goal.objective == "cost" and trial.low is not None:
-        return knowledge.score(trial) * rates.RATIO ** (trial.low - step)
-    return knowledge.score(trial) if knowledge.goal.rate is not None else float(step)
+    if goal.objective == "cost":
+        return candidate.score * rates.RATIO ** (candidate.low - step)
+    return candidate.score if goal.rate is not None else float(step)
 
 
 def _missing(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try) -> str:
@@ -212,7 +259,13 @@ def _missing(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try) -> st
 
 
 def certifying(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try) -> list[Wanted]:
-    """Return the runs that certify a rate, with as many requests as prove it together."""
+    """Return the runs that certify a rate, with as many requests as prove it together.
+
+    Where runs of earlier searches prove it, these are those.
+    """
+    recalled = trial.recalled.get(attempt.step, [])
+    if recalled and len(recalled) >= goal.runs:
+        return [(trial.configuration, probe) for probe in recalled]
     together = attempt.margin * requests_needed(goal.limits, evaluator, trial, attempt.step)
     requests = max(CERTIFIED, math.ceil(together / goal.runs / 1000) * 1000)
     return [(trial.configuration, Probe(rates.rate_of(attempt.step), requests, SEED + run)) for run in range(goal.runs)]
@@ -220,46 +273,60 @@ def certifying(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try) -> 
 
 def _runs(
     goal: Goal, evaluator: Evaluator, progress: Progress, trial: Trial, attempt: Try
-) -> tuple[list[Outcome], Outcome, str]:
-    """Return the outcomes of the certifying runs, what they show together, and why they fail ("": they do not).
+) -> tuple[list[Outcome], Outcome, Refutation | None]:
+    """Return the outcomes of the certifying runs, what they show together, and why they fail (None: they do not).
 
     The first run with a figure beyond a limit ends them, because no rate is certified that a seed contradicts. One more
     run may follow, and only one: who looks until it passes finds what is not there.
     """
 
-    def run(probe: Probe) -> tuple[Outcome, str]:
+    def run(probe: Probe) -> tuple[Outcome, Refutation | None]:
         outcome = evaluator.evaluate(trial.configuration, probe)
-        verdict, limit = judge(goal.limits, outcome) if outcome.ok else (Verdict.BROKEN, None)
+        verdict = judge(goal.limits, outcome)[0] if outcome.ok else Verdict.BROKEN
         progress(trial, probe, outcome, verdict)
         if verdict in HELD:  # beyond a limit a backlog makes all requests alike: lower rates are not so
             trial.certifying[attempt.step] = outcome
-            return outcome, ""
-        why = f"{limit.shown(outcome)} is {verdict}" if limit else f"{outcome.status}: {outcome.error}"
-        return outcome, f"in the run with seed +{probe.seed}: {why}"
+        return outcome, _alone(goal, attempt.step, probe, outcome)
 
     outcomes: list[Outcome] = []
     wanted: list[Wanted] = certifying(goal, evaluator, trial, attempt)
     while True:
         evaluator.together(wanted)
         for number, (_, probe) in enumerate(wanted):
-            outcome, why = run(probe)
+            outcome, refutation = run(probe)
             outcomes.append(outcome)
-            if why:
+            if refutation is not None:
                 for _, beside in wanted[number + 1 :] if evaluator.places > 1 else ():
                     run(beside)  # it was measured, and is shown
-                return outcomes, outcome, why
+                return outcomes, outcome, refutation
         found = trial.certifying[attempt.step] = evaluator.pool(outcomes)
-        alone = [limit for limit in goal.limits if not limit.metric.startswith(POOLED)]
-        verdicts = [judge(goal.limits, found), *(judge(alone, outcome) for outcome in outcomes)]
-        unproven = next(((verdict, limit) for verdict, limit in verdicts if limit is not None), None)
-        if unproven is None:
-            return outcomes, found, ""
+        if (refutation := _together(goal, attempt.step, outcomes, found)) is None:
+            return outcomes, found, None
         margins = (AGAIN, LEAST_MARGIN)
         further = (_further(goal, evaluator, trial, attempt.step, outcomes, found, margin) for margin in margins)
         wanted = next((runs for runs in further if evaluator.share(runs) <= evaluator.left() + ROUNDING), [])
         if not wanted:
-            verdict, limit = unproven
-            return outcomes, found, f"in {len(outcomes)} runs together: {limit.shown(found)} is {verdict}"
+            return outcomes, found, refutation
+
+
+def _alone(goal: Goal, step: int, probe: Probe, outcome: Outcome) -> Refutation | None:
+    """Return why a certifying run fails by itself; None: it does not."""
+    verdict, limit = judge(goal.limits, outcome) if outcome.ok else (Verdict.BROKEN, None)
+    if verdict in HELD:
+        return None
+    why = f"{limit.shown(outcome)} is {verdict}" if limit else f"{outcome.status}: {outcome.error}"
+    return Refutation(step, outcome, verdict, limit, f"in the run with seed +{probe.seed}: {why}")
+
+
+def _together(goal: Goal, step: int, outcomes: Sequence[Outcome], found: Outcome) -> Refutation | None:
+    """Return why runs that were each within the limits do not prove a rate. found: what they show together."""
+    alone = [limit for limit in goal.limits if not limit.metric.startswith(POOLED)]
+    verdicts = [judge(goal.limits, found), *(judge(alone, outcome) for outcome in outcomes)]
+    for verdict, limit in verdicts:
+        if limit is not None:
+            why = f"in {len(outcomes)} runs together: {limit.shown(found)} is {verdict}"
+            return Refutation(step, found, verdict, limit, why)
+    return None
 
 
 def _further(

@@ -23,7 +23,8 @@ STORAGE = "cache.storage_path"  # a folder whose content does not count, so that
 def write(found: Answer, declared: Declared, folder: Path) -> Path:
     """Write the winner into a folder. Returns the path.
 
-    It has certified figures only if it was certified, else a comment that says why it was not.
+    It has certified figures only if it was certified, else a comment that says why it was not. A comment also names the
+    rate that failed.
     """
     fixed = [word for word in declared.fixed if not _besides(word)]
     batching = [word for word in declared.fixed if word.startswith("scenario.")]
@@ -41,8 +42,10 @@ def write(found: Answer, declared: Declared, folder: Path) -> Path:
         elif limit.metric.startswith("gpu_memory_mib/"):
             limits["memory_gb"] = limit.bound * 2**20 / 1e9
     path = folder / FILE
-    remark = "" if found.certified else f"The strategy is {answer.proof(found)}."
-    deployment.save(Deployment(deployment.VERSION, declared.task, limits, [strategy]), path, remark)
+    remarks = [] if found.certified else [f"The strategy is {answer.proof(found)}."]
+    if found.trial.refuted:
+        remarks.append(f"It failed its certification at {found.trial.refuted}.")
+    deployment.save(Deployment(deployment.VERSION, declared.task, limits, [strategy]), path, " ".join(remarks))
     return path
 
 

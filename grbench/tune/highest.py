@@ -84,7 +84,7 @@ class HighestRate:
         low, high, top = trial.low, trial.high, trial.top
         if trial.failed or low is None or high is None or top is None:  # a failure leaves the bracket as it is
             return None
-        if any(step > low for step in trial.verdicts):
+        if trial.refuted or any(step > low for step in trial.verdicts):
             return (low + high) // 2 if high - low > COARSE else None
         expected = round(self._knowledge.expected(trial))
         return None if low >= top else min(expected if expected > low else low + COARSE, top)
@@ -114,7 +114,7 @@ class HighestRate:
     def _beats(self, trial: Trial, level: int) -> Task[bool]:
         """Return True if a trial keeps the limits at a step above the best so far, `level`."""
         start = level + 1
-        if trial.top is None or start > trial.top:
+        if trial.most is None or start > trial.most:
             return False
         if trial.verdicts.get(start, UNKNOWN)[0] is not Verdict.BROKEN:
             yield from self._challenge(trial, start)

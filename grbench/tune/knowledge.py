@@ -59,7 +59,7 @@ class Knowledge:
         """Return the step that a trial should reach: what is known of it, corrected by how far others were off."""
         if trial.estimate is None:
             return -math.inf
-        if trial.verdicts or trial.predicted is None or trial.top is None:
+        if trial.verdicts or trial.refuted or trial.predicted is None or trial.top is None:
             return trial.estimate
         off = [(t.low + t.high - 1) / 2 - t.predicted for t in self.trials if t.predicted and t.low and t.high]
         return min(trial.predicted + (statistics.median(off) if off else 0.0), trial.top)

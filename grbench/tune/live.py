@@ -8,7 +8,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from grbench.execution.environment import describe_environment
 from grbench.execution.records import RunRecord, Status
 from grbench.execution.session import CellSession
 from grbench.report.work import EMULATED, emulated
+from grbench.tune import certification
 from grbench.tune.certification import MOST
 from grbench.tune.config import RATES, Declared
 from grbench.tune.limits import LARGER
@@ -83,7 +84,7 @@ class LiveEvaluator:
         self._alike: dict[tuple[tuple[Path | None, ...], float], float] = {}  # by the folders and the percentile
         self._earlier = _by_strategy(root)
         self._usable: dict[Configuration, list[tuple[Path, RunRecord]]] = {}  # earlier records that count here
-        self._certifying: dict[tuple[Configuration, Probe], Outcome | None] = {}  # earlier runs that certify
+        self._certifying: dict[Configuration, list[tuple[Probe, Outcome]]] = {}  # earlier runs that certify
         self._base = _quality_class(next(iter(specs.values())))  # of the default configuration
         limits = declared.goal.limits
         self._limited = any(limit.metric.startswith("quality/") for limit in limits)
@@ -283,36 +284,42 @@ class LiveEvaluator:
             ]
         return self._usable[configuration]
 
-    def _earlier_certifying(self, configuration: Configuration, probe: Probe) -> Outcome | None:
-        """Return the outcome of an earlier run that certifies, of as many requests at least; None: there is none.
+    def certifying(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
+        if self._loss_unknown(configuration):
+            return []
+        if configuration not in self._certifying:
+            self._certifying[configuration] = list(self._find_certifying(configuration))
+        return self._certifying[configuration]
 
-        Its limit may be another one, because its latencies are judged anew. LoadGen's verdict VALID holds for a wider
-        limit, too; otherwise it is not known.
+    def _find_certifying(self, configuration: Configuration) -> Iterator[tuple[Probe, Outcome]]:
+        """Yield earlier runs that certify.
+
+        Their limit may be another one, because their latencies are judged anew. LoadGen's verdict VALID holds for a
+        wider limit, too; otherwise it is not known.
         """
-        if not probe.seed:
-            return None
-        key = (configuration, probe)
-        if key not in self._certifying:
-            self._certifying[key] = self._find_certifying(configuration, probe)
-        return self._certifying[key]
-
-    def _find_certifying(self, configuration: Configuration, probe: Probe) -> Outcome | None:
-        limit_ms = self._limit_ms(configuration, probe)
         for folder, record in self._usable_records(configuration):
             scenario, judged_ms = record.spec["scenario"], record.spec["latency_limit_ms"]
-            if not record.ok or scenario["name"] != self._declared.scenario or scenario["queries"] < probe.requests:
+            seed = record.spec["seed"] - self._specs[configuration].seed
+            if seed < certification.SEED or scenario["name"] != self._declared.scenario:
                 continue
             rate = scenario[RATES[self._declared.scenario].rpartition(".")[2]]
-            if record.spec["seed"] != self._specs[configuration].seed + probe.seed or f"{rate:g}" != f"{probe.rate:g}":
-                continue
-            if self._goodput and judged_ms != limit_ms:
-                continue  # it counts answers within this limit
+            probe = Probe(rate, scenario["queries"], seed)
+            limit_ms = self._limit_ms(configuration, probe)
+            if probe.requests < certification.CERTIFIED or (self._goodput and judged_ms != limit_ms):
+                continue  # goodput counts answers within the limit
             outcome = self._outcome(configuration, folder, record, True, 0.0)
-            if self._limited and not any(name.startswith("quality/") for name in outcome.metrics):
+            if self._limited and record.ok and not any(name.startswith("quality/") for name in outcome.metrics):
                 continue
             if judged_ms > limit_ms or (judged_ms < limit_ms and not outcome.metrics.get(VALID)):
                 outcome.metrics = {name: value for name, value in outcome.metrics.items() if name != VALID}
-            return outcome
+            yield probe, outcome
+
+    def _earlier_certifying(self, configuration: Configuration, probe: Probe) -> Outcome | None:
+        """Return the outcome of an earlier run that certifies, of as many requests at least; None: there is none."""
+        for its, outcome in self.certifying(configuration) if probe.seed else ():
+            same = its.seed == probe.seed and f"{its.rate:g}" == f"{probe.rate:g}"
+            if outcome.ok and same and its.requests >= probe.requests:
+                return outcome
         return None
 
     def quality(self, configuration: Configuration) -> Mapping[str, float]:

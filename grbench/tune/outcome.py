@@ -119,13 +119,19 @@ class Evaluator(Protocol):
         """
 
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
-        """Return the outcomes that earlier searches measured of a configuration; they cost nothing."""
+        """Return the outcomes that earlier searches measured of a configuration, with their own seed, at no cost."""
+
+    def certifying(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
+        """Return the runs of earlier searches that certify a configuration; they cost nothing."""
 
     def quality(self, configuration: Configuration) -> Mapping[str, float]:
         """Return the quality of a configuration from another one that answers the same; {} if none was measured."""
 
     def share(self, wanted: Sequence[Wanted]) -> float:
-        """Return the share of the whole budget that probes take beside each other, as far as is known."""
+        """Return the share of the whole budget that probes take beside each other, as far as is known.
+
+        Runs of earlier searches take none.
+        """
 
     def saving(self, configuration: Configuration) -> float:
         """Return the share of the budget that the next probe of a configuration saves, because its engine is kept."""

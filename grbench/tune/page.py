@@ -224,9 +224,9 @@ def _limit(knowledge: Knowledge, trial: Trial) -> str:
     if not trial.measured:
         return "budget ended before its first probe"
     high, best = trial.high, knowledge.incumbent
-    limit, outcome = trial.binding
-    if high is not None and outcome is not None:
-        how = f" ({trial.verdicts[high][0]})" if limit is not None else ""
+    if high is not None and trial.binding is not None:
+        verdict, limit, outcome = trial.binding
+        how = f" ({verdict})" if limit is not None else ""
         return f"{limit.shown(outcome) if limit else outcome.status} at {rates.rate_of(high):.4g}/s{how}"
     if knowledge.goal.rate is not None:
         return "the rate is fixed"

@@ -151,6 +151,9 @@ class Replay:
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
         return ()
 
+    def certifying(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
+        return ()
+
     def quality(self, configuration: Configuration) -> Mapping[str, float]:
         return {}
 

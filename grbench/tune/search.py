@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from grbench.tune import rates
-from grbench.tune.certification import ROUNDING, plan, reserve
+from grbench.tune.certification import ROUNDING, plan, recall, reserve
 from grbench.tune.highest import COARSE, HighestRate
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.outcome import BudgetSpentError, Configuration, Evaluator, Outcome, Probe
@@ -96,19 +96,23 @@ class Search:
         """Take the outcomes of earlier searches, then go on with the configurations that they leave open."""
         taken: list[Outcome] = []
         for configuration in self._configurations:
-            known = self._evaluator.known(configuration)
-            if not known:
+            known, certifying = self._evaluator.known(configuration), self._evaluator.certifying(configuration)
+            if not known and not certifying:
                 continue
             trial = self._knowledge.begin(configuration)
             self._proposer.take(configuration)
             for probe, outcome in known:
                 self._knowledge.note(trial, probe, outcome)
-                taken.append(outcome)
+            recall(self._knowledge.goal, self._evaluator, trial, certifying)
+            taken += [outcome for _, outcome in (*known, *certifying)]
             self._tell(trial)
         if taken:
             count = _count(len(self._knowledge.trials), "configuration")
             probes = _count(len(taken), "probe")
             self._say(f"takes over {probes} of {count} from {_sources(taken)}, at no cost (rerun=true measures again)")
+        for trial in self._knowledge.trials:
+            if trial.refuted:
+                self._say(f"{trial.configuration.name} failed at {trial.refuted}; it is tried at lower rates only")
         open_ = sorted(self._knowledge.trials, key=lambda trial: trial.estimate or 0.0, reverse=True)
         measure = self._probes.offline if self._screen else self._highest.find
         self._run_each(measure(trial) for trial in open_ if not trial.failed and self._may_win(trial))
@@ -224,7 +228,7 @@ class Search:
         """Return a former leader that a short probe may have ruled out by bad luck, each once."""
         for trial in self._knowledge.ranking()[1:]:
             seen = id(trial) in self._again | self._finding
-            if not seen and not trial.failed and self._highest.left_open(trial) and (trial.top or 0) > level:
+            if not seen and not trial.failed and self._highest.left_open(trial) and (trial.most or 0) > level:
                 self._again.add(id(trial))
                 return trial
         return None

@@ -23,7 +23,7 @@ from grbench.execution.folders import made, require_writable
 from grbench.execution.ranks import require_gpus
 from grbench.execution.session import CellSession
 from grbench.tools import sizing
-from grbench.tune import answer, deploy, rates
+from grbench.tune import answer, deploy
 from grbench.tune.answer import Answer
 from grbench.tune.certification import certify
 from grbench.tune.config import Declared
@@ -178,16 +178,10 @@ class TuneSession:
             limit = next(iter(self._declared.goal.limits), Limit("latency_ms/p99", math.inf))
             figure = limit.shown(outcome)
             what = f"{'certifying at ' if probe.seed else ''}{probe.rate:g} requests/s: {figure}: {verdict}"
-        best = self._knowledge.incumbent
-        lead = (
-            "none yet"
-            if best is None or best.low is None
-            else f"{best.configuration.name} at {rates.rate_of(best.low):.4g}/s"
-        )
         left = max(self._evaluator.left(), 0.0)
         took = pace(time.monotonic() - self._begun, 1 - left, 1)
         rest = f"{left:.0%} of the budget left, {took}"
-        self._say(f"{time.strftime('%H:%M:%S')} {name}: {what}{kept}; best: {lead}; {rest}")
+        self._say(f"{time.strftime('%H:%M:%S')} {name}: {what}{kept}; best: {answer.leader(self._knowledge)}; {rest}")
 
     def _say(self, line: str) -> None:
         self._screen.print(line, soft_wrap=True, markup=False, highlight=False)

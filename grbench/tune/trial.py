@@ -35,6 +35,20 @@ class Batching:
     in_flight: int = 1
 
 
+@dataclass(frozen=True)
+class Refutation:
+    """A rate that failed its certification: its step, what the runs show, and why, by which limit if there is one."""
+
+    step: int
+    outcome: Outcome
+    verdict: Verdict
+    limit: Limit | None
+    why: str
+
+    def __str__(self) -> str:
+        return f"{rates.rate_of(self.step):.4g} requests/s {self.why}"
+
+
 @dataclass
 class Trial:
     """Knowledge of one configuration."""
@@ -46,22 +60,29 @@ class Trial:
     probes: dict[int, Outcome] = field(default_factory=dict)  # the last outcome at each step
     verdicts: dict[int, tuple[Verdict, Limit | None]] = field(default_factory=dict)
     certifying: dict[int, Outcome] = field(default_factory=dict)  # of runs at each step that certify, if within limits
+    recalled: dict[int, list[Probe]] = field(default_factory=dict)  # such runs of earlier searches, all at each step
     measured: bool = False  # a probe of it has ended, however
     failed: str = ""  # why it is out at any load
     slow: str = ""  # the time limit, in words, that its offline probe ran past
     violation: float = 0.0  # by what share, 1 for a failure
-    refuted: str = ""  # at which rate its last certifying run failed, and why
+    refuted: Refutation | None = None  # the lowest rate that failed its certification: nothing from there on counts
 
     @property
     def low(self) -> int | None:
         """The highest step that keeps the limits, for sure or likely."""
-        return max((step for step, (verdict, _) in self.verdicts.items() if verdict in HELD), default=None)
+        return max((step for step in self.held if self.refuted is None or step < self.refuted.step), default=None)
+
+    @property
+    def held(self) -> list[int]:
+        """The steps at which probes keep the limits, even where a certification failed."""
+        return [step for step, (verdict, _) in self.verdicts.items() if verdict in HELD]
 
     @property
     def high(self) -> int | None:
-        """The lowest step above `low` that does not keep the limits, or that the offline rate rules out."""
+        """The lowest step above `low` that does not keep the limits, as probed, certified or by the offline rate."""
         low = self.low
         above = [s for s, (v, _) in self.verdicts.items() if v not in HELD and (low is None or s > low)]
+        above += [] if self.refuted is None else [self.refuted.step]
         above += [] if self.top is None else [max(self.top, low or self.top) + 1]
         return min(above, default=None)
 
@@ -76,12 +97,18 @@ class Trial:
         return None if self.low is None else carried(self.low, self.probes[self.low])
 
     @property
-    def binding(self) -> tuple[Limit | None, Outcome | None]:
-        """The limit that keeps the rate from being higher, with the outcome that shows it."""
+    def most(self) -> int | None:
+        """The highest step that it may have: what the offline rate allows, below one that failed its certification."""
+        found = [] if self.top is None else [self.top]
+        return min([*found, self.refuted.step - 1] if self.refuted else found, default=None)
+
+    @property
+    def binding(self) -> tuple[Verdict, Limit | None, Outcome] | None:
+        """The reason why the rate is not higher: the verdict there, its limit, and the outcome that shows it."""
         high = self.high
-        return (
-            (None, None) if high is None or high not in self.verdicts else (self.verdicts[high][1], self.probes[high])
-        )
+        if self.refuted is not None and high == self.refuted.step:
+            return self.refuted.verdict, self.refuted.limit, self.refuted.outcome
+        return None if high is None or high not in self.verdicts else (*self.verdicts[high], self.probes[high])
 
     @property
     def estimate(self) -> float | None:
@@ -109,6 +136,11 @@ class Trial:
         known = self.probes.get(step)
         if known is None or known.metrics.get("samples", 0.0) <= outcome.metrics.get("samples", 0.0):
             self.probes[step], self.verdicts[step] = outcome, verdict
+
+    def refute(self, refutation: Refutation) -> None:
+        """Note that a rate failed its certification."""
+        if self.refuted is None or refutation.step <= self.refuted.step:
+            self.refuted = refutation
 
     def breaks(self, limit: Limit, outcome: Outcome) -> None:
         """Note that an outcome breaks a limit that does not depend on the load."""

@@ -51,7 +51,8 @@ def _beside_the_nearest(evaluator: Evaluator, trial: Trial, step: int, percent: 
     plan goes by the geometric mean of both. It is a rough one: for single traces of simulated queues it is 0.1 to 6
     times the truth, on average within a factor of 2 (tests/unit/test_search.py). Runs that are too short get one more.
     """
-    others = [s for s, outcome in trial.probes.items() if s != step and f"{POOLED}p{percent:g}" in outcome.metrics]
+    name, other_seeds = f"{POOLED}p{percent:g}", trial.recalled
+    others = [s for s, its in trial.probes.items() if s != step and s not in other_seeds and name in its.metrics]
     if not others:
         return 0.0
     nearest = min(others, key=lambda other: abs(other - step))

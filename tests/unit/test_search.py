@@ -56,6 +56,7 @@ class Capacities:
         self.rounds: list[list[tuple[Configuration, Probe]]] = []  # that were asked for beside each other
         self.probes: list[tuple[Configuration, Probe]] = []
         self.earlier: dict[Configuration, list[tuple[Probe, Outcome]]] = {}
+        self.certified: dict[Configuration, list[tuple[Probe, Outcome]]] = {}
         self.failing: dict[Configuration, str] = {}
         self.qualities: dict[str, Mapping[str, float]] = {}
 
@@ -85,6 +86,9 @@ class Capacities:
 
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
         return self.earlier.get(configuration, [])
+
+    def certifying(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
+        return self.certified.get(configuration, [])
 
     def quality(self, configuration: Configuration) -> Mapping[str, float]:
         return self.qualities.get(configuration.get("engine") or "", {})
@@ -657,6 +661,86 @@ def test_an_answer_that_a_certifying_run_contradicts_says_so_first() -> None:
     words = answer.sentence(found)
     assert words.startswith(f"No rate of {found.trial.configuration.name} is proven, since it failed at ")
     assert "requests/s in the run with seed +101: " in words and "The search's own run had " in words
+
+
+class Later(Capacities):
+    """An evaluator that goes on from the probes and certifying runs of another, which cost nothing."""
+
+    def __init__(self, first: Capacities, cells: int) -> None:
+        super().__init__(first.capacity, cells, first.worse)
+        for configuration, probe in first.probes:
+            known = self.certified if probe.seed else self.earlier
+            known.setdefault(configuration, []).append((probe, first.outcome(configuration, probe)))
+
+    def evaluate(self, configuration: Configuration, probe: Probe) -> Outcome:
+        if self._is_new((configuration, probe)):
+            return super().evaluate(configuration, probe)
+        return self.outcome(configuration, probe)
+
+    def share(self, wanted: Sequence[Wanted]) -> float:
+        new = [its for its in wanted if self._is_new(its)]
+        return super().share(new) if new else 0.0
+
+    def _is_new(self, wanted: Wanted) -> bool:
+        return wanted[1] not in [probe for probe, _ in self.certified.get(wanted[0], [])]
+
+
+def test_a_search_that_goes_on_recommends_no_rate_that_failed_and_none_above_it(tmp_path: Path) -> None:
+    """Runs with other seeds carry half, so that the first search ends without a certificate."""
+    first = Capacities(CAPACITY, worse=dict.fromkeys(range(101, 121), 0.5))
+    search = searched(first)
+    first.cells = len(first.probes) + 2
+    assert certify(search, first) is None
+    refuted = {t.configuration: t.refuted.step for t in search.trials if t.refuted}
+    assert refuted
+    for budget in (0, 3, 100):
+        later = Later(first, budget)
+        search = searched(later)
+        certificate = certify(search, later)
+        found = answer.answer(search, certificate)
+        assert found is not None
+        for trial in search.trials:
+            failed = refuted.get(trial.configuration, math.inf)
+            assert trial.low is None or trial.low < failed
+            tried = [rates.step_below(1.001 * p.rate) for c, p in later.probes if c == trial.configuration and p.rate]
+            assert all(step < failed for step in tried)
+        assert found.step < refuted.get(found.trial.configuration, math.inf)
+        if budget == 100:
+            assert certificate is not None and rates.rate_of(certificate.step) <= 0.5 * CAPACITY[ALL[-1]]
+
+
+def test_the_rate_that_failed_is_named_beside_the_best_and_in_the_deployment(tmp_path: Path) -> None:
+    first = Capacities({ALL[0]: 100.0}, worse={101: 0.9, 102: 0.9})
+    search = Knowledge(Goal("throughput", (P99,)), BATCHING)
+    Search(search, ALL[:1], first, Listed(ALL[:1])).run()
+    assert "failed" not in answer.leader(search)
+    low = search.trials[0].low
+    assert low is not None
+    certificate = certify(search, first)
+    failed = search.trials[0].refuted
+    assert certificate is not None and failed is not None and certificate.step < failed.step <= low
+    assert answer.leader(search).endswith(f" (it failed its certification at {rates.rate_of(failed.step):.4g}/s)")
+    declared = config.declare(["engine=hstu", "space=typed", "engine.cpu_threads=1,2"])
+    for one in (certificate, None):
+        found = answer.answer(search, one)
+        assert found is not None and found.step < failed.step
+        text = " ".join(deploy.write(found, declared, tmp_path).read_text().replace("\n# ", " ").split())
+        assert (
+            f"It failed its certification at {rates.rate_of(failed.step):.4g} requests/s in the run with seed +" in text
+        )
+
+
+def test_a_search_that_goes_on_repeats_no_certification() -> None:
+    """The second try was certified: it costs nothing, where there is no room for the rate between both."""
+    first = Capacities(CAPACITY, worse={101: 0.95})
+    search = searched(first)
+    before = certify(search, first)
+    assert before is not None and before.trial.refuted is not None
+    later = Later(first, 0)
+    certificate = certify(searched(later), later)
+    assert certificate is not None and not later.probes
+    assert (certificate.trial.configuration, certificate.step) == (before.trial.configuration, before.step)
+    assert certificate.failures[0] == f"{before.trial.configuration.name} at {before.trial.refuted}"
 
 
 @pytest.mark.parametrize("certified", [True, False])

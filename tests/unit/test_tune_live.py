@@ -391,6 +391,7 @@ def test_a_run_that_certified_under_another_limit_is_not_measured_again(
 
     measures = evaluator(Measured(tmp_path, {}), tmp_path, f"latency_ms.p99={bound}", "budget=0cells")
     assert measures.known(DEFAULT) == []  # the search does not see the seeds that judge it
+    assert [probe for probe, _ in measures.certifying(DEFAULT)] == [sure] and measures.certifying(WINDOW) == []
     shorter = dataclasses.replace(sure, requests=10_000)
     assert measures.share([(DEFAULT, sure), (DEFAULT, shorter)]) == 0.0
     outcome = measures.evaluate(DEFAULT, shorter)  # `Measured` would fail, as it has no cell
