@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -127,6 +128,17 @@ def require_writable(folder: Path, typed: str, fix: str) -> None:
             pass
     except OSError as e:
         raise ConfigError(f"{typed}: {e.strerror or e}; {fix} a folder that can be written") from None
+
+
+def require_parent(out: Path) -> None:
+    """Make the folder of a file that `--out` names, before the work whose result it is, and say so where it is new.
+
+    Raises as `require_writable`.
+    """
+    new = not out.parent.exists()
+    require_writable(out.parent, f"--out {out}", "give")
+    if new:
+        print(f"grbench: made the folder {out.parent}", file=sys.stderr)
 
 
 @contextlib.contextmanager

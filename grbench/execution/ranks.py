@@ -1,11 +1,12 @@
 """GPUs that a cell takes: one, one for each process that shares the heads, or one for each part of the item table.
 
-CUDA graphs take one where a cell asks for them.
+Where there is none, a cell can't have what an engine lacks on a CPU, such as CUDA graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from omegaconf import DictConfig
@@ -13,7 +14,7 @@ from omegaconf import DictConfig
 from grbench.config.schema import ConfigError, RunConfig, RunSpec, to_spec
 from grbench.execution.gpu import visible_gpus
 from grengines import registry
-from grengines.options import GraphOptions
+from grengines.refusals import Asked
 
 WHY = {
     "tensor_parallel": "the processes share its cores, and their times say nothing of GPUs",
@@ -72,17 +73,19 @@ def require_gpus(specs: Iterable[RunSpec], cluster: str) -> int:
 def to_spec_here(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
     """Return `to_spec` of a cell that is measured by this command.
 
-    Raises as it does, and ConfigError for CUDA graphs that are asked of this machine where it has no GPU.
+    Raises as it does, and ConfigError for what an engine can't have on a CPU, where this machine has no GPU.
     """
     spec, run = to_spec(cfg)
-    if run.runner.cluster == "none" and (asking := list(_with_graphs(spec.engine))) and not visible_gpus():
-        raise ConfigError(f"{asking[0]}=true: this machine has no GPU, and a CPU has no CUDA graphs; set it to false")
+    if run.runner.cluster == "none" and (engine := _on_cpu(spec.engine)) != spec.engine and not visible_gpus():
+        asked = Asked(spec.task, spec.model, spec.kernel.requested(), spec.cache)
+        if problem := registry.contradiction(engine, asked):
+            raise ConfigError(f"this machine has no GPU, so device=auto is cpu: {problem}")
     return spec, run
 
 
-def _with_graphs(options: Any, path: str = "engine") -> Iterator[str]:
-    """Yield the option by which an engine asks for CUDA graphs on a device of its choice, and those of its stages."""
-    if isinstance(options, GraphOptions) and (options.cuda_graphs, options.device) == ("true", "auto"):
-        yield f"{path}.cuda_graphs"
-    for stage in registry.get(options.name).stages:
-        yield from _with_graphs(getattr(options, stage), f"{path}.{stage}")
+def _on_cpu(options: Any) -> Any:
+    """Return an engine's options with the CPU as the device of its choice, and those of its stages."""
+    changed = {stage: _on_cpu(getattr(options, stage)) for stage in registry.get(options.name).stages}
+    if getattr(options, "device", None) == "auto":
+        changed["device"] = "cpu"
+    return dataclasses.replace(options, **changed)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grbench.config.arguments import Arguments, CommandError
-from grbench.execution.folders import require_writable
+from grbench.execution.folders import require_parent
 from grengines.runtime import atomic_io
 
 LAYOUTS = ("dlrm_v3", "research", "nvidia", "qwen3", "semantic_ids")
@@ -67,7 +67,7 @@ def main(words: Sequence[str]) -> int:
     for flag in ("heads", "scaling_seqlen", "temperature"):
         if (value := getattr(args, flag)) is not None and not 0 < value < math.inf:
             raise CommandError(f"--{flag.replace('_', '-')} {value}: allowed is a number above 0")
-    require_writable(args.out.parent, f"--out {args.out}", "give")
+    require_parent(args.out)
     try:
         return _ids(args) if args.layout == "semantic_ids" else _weights(args)
     except (ValueError, OSError) as e:

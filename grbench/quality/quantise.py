@@ -14,7 +14,7 @@ from rich.console import Console
 from grbench.config.arguments import Arguments, CommandError
 from grbench.config.compose import plan_jobs, prepare_hydra
 from grbench.config.schema import ConfigError, RunSpec, to_spec
-from grbench.execution.folders import require_writable
+from grbench.execution.folders import require_parent
 from grbench.execution.watch import watch
 from grbench.quality.trained import as_run
 from grbench.report.markdown import table
@@ -46,7 +46,7 @@ def main(words: Sequence[str]) -> int:
         raise CommandError(f"--out {args.out}: allowed is a name that ends in .safetensors")
     if args.requests < 1:
         raise CommandError(f"--requests {args.requests}: allowed is >= 1")
-    require_writable(args.out.parent, f"--out {args.out}", "give")
+    require_parent(args.out)
     prepare_hydra()
     run_words = [*as_run(args.overrides)[0], "engine.precision=fp8"]
     say = partial(print, "grbench quantise:", file=sys.stderr, flush=True)

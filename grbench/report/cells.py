@@ -259,9 +259,14 @@ def named(names: Sequence[str]) -> str:
     return "; ".join(names[:fit]) + (f"; and {len(names) - fit} more" if fit < len(names) else "")
 
 
+def number_of(count: int, noun: str) -> str:
+    """Return a number with its noun: "1 cell", "2 cells"."""
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
 def counted(count: int, noun: str) -> str:
     """Return a number with its noun and the verb: "1 cell is", "2 cells are"."""
-    return f"1 {noun} is" if count == 1 else f"{count} {noun}s are"
+    return f"{number_of(count, noun)} {'is' if count == 1 else 'are'}"
 
 
 def figure(value: float | None) -> str:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grbench.config.arguments import Arguments, CommandError
-from grbench.execution.folders import left_out, require_writable
+from grbench.execution.folders import left_out, require_parent
+from grbench.report.cells import number_of
 from grbench.report.frame import ReportError, damaged_samples, read_cells
 
 
@@ -37,7 +38,7 @@ def main(words: Sequence[str]) -> int:
     """Run the command. Exit codes: 0 the page is written, 2 a record or the page cannot be read or written."""
     args = parser().parse_args(words)
     roots = args.roots or ([] if args.mlflow else [Path("outputs")])
-    require_writable(args.out.parent, f"--out {args.out}", "give")
+    require_parent(args.out)
     try:
         with tempfile.TemporaryDirectory(prefix="grbench-report-") as downloads:
             cells = read_cells(roots)
@@ -56,6 +57,6 @@ def main(words: Sequence[str]) -> int:
         print(f"grbench report: left out: {line}", file=sys.stderr)
     for line in undrawn:
         print(f"grbench report: without its curves: {line}", file=sys.stderr)
-    figures = f", {len(written) - 1} figures in {written[1].parent}" if len(written) > 1 else ""
-    print(f"{written[0]}: {len(cells)} cells{figures}")
+    figures = f", {number_of(len(written) - 1, 'figure')} in {written[1].parent}" if len(written) > 1 else ""
+    print(f"{written[0]}: {number_of(len(cells), 'cell')}{figures}")
     return 0

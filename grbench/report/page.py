@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grbench.execution.records import RunRecord, Status
-from grbench.report.cells import MISSING, Cell, command, flatten, labels, shown
+from grbench.report.cells import MISSING, Cell, command, flatten, labels, number_of, shown
 from grbench.report.chart import Chart
 from grbench.report.charts import charts
 from grbench.report.findings import findings
@@ -105,8 +105,7 @@ def origin(cells: Sequence[Cell]) -> str:
 def _summary(records: Sequence[RunRecord]) -> str:
     days = sorted({record.started_at[:10] for record in records})
     count, ok = len(records), sum(record.ok for record in records)
-    cells = "1 cell" if count == 1 else f"{count} cells"
-    return f"{cells}, {ok} OK, measured {' to '.join(dict.fromkeys([days[0], days[-1]]))}."
+    return f"{number_of(count, 'cell')}, {ok} OK, measured {' to '.join(dict.fromkeys([days[0], days[-1]]))}."
 
 
 def _group_blocks(number: int, group: Group, figures: bool) -> list[Block]:

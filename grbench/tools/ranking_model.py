@@ -10,7 +10,7 @@ from typing import Any
 from grbench import workloads
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError, RunSpec
-from grbench.execution.folders import require_writable
+from grbench.execution.folders import require_parent
 from grengines.api import Catalogue
 from grengines.models import header
 
@@ -47,7 +47,7 @@ def require_folder(out: Path) -> None:
     """Raise ConfigError unless a folder can be written at `out`, which is not made yet."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: it is a file; give a folder")
-    require_writable(out.parent, f"--out {out}", "give")
+    require_parent(out)
 
 
 def _catalogue(args: argparse.Namespace, spec: RunSpec, shapes: dict[str, list[int]]) -> Catalogue:

@@ -22,6 +22,7 @@ from grbench.execution.files import require_files
 from grbench.execution.folders import made, require_writable
 from grbench.execution.ranks import require_gpus
 from grbench.execution.session import CellSession
+from grbench.report.cells import number_of
 from grbench.tools import sizing
 from grbench.tune import answer, deploy
 from grbench.tune.answer import Answer
@@ -158,7 +159,7 @@ class TuneSession:
         space, goal = self._space, self._declared.goal
         limits = ", ".join(map(str, goal.limits)) or "no limit"
         self._say(
-            f"{goal.objective} within {limits}; {len(space.configurations)} configurations; "
+            f"{goal.objective} within {limits}; {number_of(len(space.configurations), 'configuration')}; "
             f"budget of this call: {self._declared.budget}"
         )
         for reason, count in list(space.left_out.items())[:6]:

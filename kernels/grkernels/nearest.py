@@ -7,7 +7,12 @@ from collections.abc import Iterable
 
 
 def nearest(word: object, known: Iterable[str], count: int = 1) -> str:
-    """Return "nearest: NAME; " for the known name most like `word`, or for as many as `count`; "" if none is alike."""
-    names = {name.lower(): name for name in known}
-    alike = [names[found] for found in difflib.get_close_matches(str(word).lower(), names, n=count)]
+    """Return "nearest: NAME; " for the known name most like `word`, or for as many as `count`; "" if none is alike.
+
+    A name that begins with the word is alike, too.
+    """
+    names, typed = {name.lower(): name for name in known}, str(word).lower()
+    begun = [name for name in names if len(typed) > 1 and name.startswith(typed)]
+    close = difflib.get_close_matches(typed, names, n=count)
+    alike = [names[found] for found in dict.fromkeys([*close, *begun])][:count]
     return f"nearest: {', '.join(alike)}; " if alike else ""

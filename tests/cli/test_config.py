@@ -153,6 +153,7 @@ def test_a_part_of_the_reference_can_be_printed(capsys: pytest.CaptureFixture[st
             for url in ("foo", "127.0.0.1:8000", "ftp://a:1", "http://a:b", "http://:80", "http://a:1/v2", "http://a:0")
         ),
         (["engine=hstuu"], "engine=hstuu", "nearest: hstu;"),
+        (["engine=onnx"], "engine=onnx", "nearest: onnxruntime;"),
         (["model=hstu_tny"], "model=hstu_tny", "nearest: hstu_tiny;"),
         (["kernel=tritn"], "kernel=tritn", "nearest: triton;"),
         (["kernel.layer_norm=TRITN"], "kernel.layer_norm=TRITN", "nearest: triton;"),
@@ -166,6 +167,7 @@ def test_a_part_of_the_reference_can_be_printed(capsys: pytest.CaptureFixture[st
         (["model.layers=null"], "model.layers", "int"),
         (["seed=[1,"], "seed=[1,", "[ is not closed; write 'seed=[1]'"),
         (["seed"], "seed", "key=value"),
+        (["workload.path=müll/a.csv"], "'ü' needs quotes around the text", """write 'workload.path="müll/a.csv"'"""),
         (["engin=hstu"], "engin", "nearest: engine;"),
         (["engine=null"], "engine=null", "one option"),
         (["gate=none"], "gate=none", "gate.KEY="),

@@ -246,7 +246,10 @@ def test_cuda_graphs_without_a_gpu_are_refused_before_a_worker_starts(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = grbench_here(*engine)
     assert done.returncode == 2 and not list(tmp_path.rglob(records.LOG_FILE))
-    why = f"{key}=true: this machine has no GPU, and a CPU has no CUDA graphs; set it to false"
+    why = (
+        f"this machine has no GPU, so device=auto is cpu: {key}=true and {key.replace('cuda_graphs', 'device')}=cpu: a "
+        f"CPU has no CUDA graphs; set {key}=false, or {key.replace('cuda_graphs', 'device')}=cuda"
+    )
     assert done.stderr == f"grbench: {why}\n"
     sweep = [*engine[:1], f"{key}=true,false", "skip_invalid=true"]
     prepare_hydra()
@@ -255,6 +258,16 @@ def test_cuda_graphs_without_a_gpu_are_refused_before_a_worker_starts(
     device = key.replace("cuda_graphs", "device")
     for words in ([*engine, "runner.cluster=slurm"], [*engine, f"{device}=cuda"], [*engine[:1], f"{key}=auto"]):
         assert len(plan_jobs("config", ranks.to_spec_here, words)[1]) == 1
+
+
+def test_a_precision_that_a_cpu_lacks_is_refused_before_a_worker_starts(
+    grbench_here: Grbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = grbench_here("engine=onnxruntime", "engine.precision=bf16")
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    why = "engine.precision=bf16 and engine.device=cpu: ONNX Runtime has no bf16 kernels there; use fp32 or fp16"
+    assert done.stderr == f"grbench: this machine has no GPU, so device=auto is cpu: {why}\n"
 
 
 @pytest.mark.parametrize(

@@ -698,6 +698,17 @@ def fails(capsys: Capture, *arguments: str) -> str:
     return error
 
 
+def test_a_folder_that_is_made_for_the_page_is_named(tmp_path: Path, capsys: Capture) -> None:
+    write_cell(tmp_path / "cells" / "a", status=Status.OOM)
+    out = tmp_path / "new" / "folder" / "page.md"
+    assert main(["report", str(tmp_path / "cells"), "--out", str(out)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == f"grbench: made the folder {out.parent}\n"
+    assert captured.out == f"{out}: 1 cell\n"
+    assert main(["report", str(tmp_path / "cells"), "--out", str(out)]) == 0
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["report", "export", "build-plan"])
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     tmp_path: Path, capsys: Capture, command: str

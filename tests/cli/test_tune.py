@@ -265,3 +265,8 @@ def test_a_limit_that_nobody_keeps_is_one_line_with_the_nearest_point(
 def test_a_budget_without_room_for_a_cell_is_one_line(grbench_here: Grbench, budget: str, message: str) -> None:
     done = grbench_here("tune", *SEARCH, budget)
     assert done.returncode == 1 and message in done.stderr.splitlines()[-1]
+
+
+def test_a_space_of_one_configuration_is_counted_as_one(grbench_here: Grbench) -> None:
+    done = grbench_here("tune", *TINY, "space=typed", "scenario.max_batch=4", "budget=0cells")
+    assert "; 1 configuration; budget of this call: 0 cells\n" in done.stderr
