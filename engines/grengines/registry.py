@@ -101,6 +101,7 @@ ENGINES = {
             last_layer=lambda options, task: LastLayer.READ,
             packages=tensorrt.PACKAGES,
             requires=tensorrt.unavailable,  # one of the packages, and a GPU
+            auto_precision=("bf16", "bf16"),
             can_stand_in=True,
             start_cost=4.0,
         ),
@@ -111,6 +112,7 @@ ENGINES = {
             contradiction=onnxruntime_engine.contradiction,
             last_layer=lambda options, task: LastLayer.READ,
             packages=(Package("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "pip install 'grbench[onnx]'"),),
+            auto_precision=("fp16", "fp32"),
             can_stand_in=True,
             start_cost=4.0,
         ),
@@ -210,6 +212,11 @@ def _variant_mismatch(spec: EngineSpec, model: ModelOptions) -> str | None:
         f"{', '.join(own)}: engine {spec.name} lacks it, and runs model.variant={DEFAULT} only; "
         f"set engine={able[0]} for this model"
     )
+
+
+def auto_precision(name: str, on_gpu: bool) -> str:
+    """Return what engine.precision=auto is on a device. Raises ValueError for an unknown name."""
+    return get(name).auto_precision[0 if on_gpu else 1]
 
 
 def one_at_a_time(name: str) -> str | None:

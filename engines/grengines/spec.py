@@ -58,6 +58,7 @@ class EngineSpec:
     # Time of its first start, as a multiple of that of `hstu`; about 4 if it exports or compiles the whole model. A
     # search assumes it until it has started the engine.
     start_cost: float = 1.0
+    auto_precision: tuple[str, str] = ("bf16", "fp32")  # what engine.precision=auto is: on a GPU, on a CPU
     can_stand_in: bool = False  # other engines may name it in engine.fallback
     stages: Mapping[str, str] = field(default_factory=dict)  # its options that are another engine's: the task of each
 

@@ -20,12 +20,11 @@ from grbench.report.cells import Cell, shown
 from grbench.report.groups import Row
 from grbench.report.tradeoffs import FIGURES, Point, change, points
 from grbench.report.work import by_content, options_of
+from grengines import registry
 
 WINDOW, AGE = "workload.max_history", "workload.stale_events"
 # Options of engine and cache: a plan or an ONNX file may be of 8 bits, and another engine answers as `fallback`.
 DECIDING = ("name", "precision", "calibration", "plan", "onnx", "fallback")
-AUTO = {"onnxruntime": ("fp16", "fp32"), "tensorrt": ("bf16", "bf16")}  # engine.precision=auto on a GPU, on a CPU
-USUAL = ("bf16", "fp32")  # the same of every other engine
 
 ALLOW = "gate.allow_loss=[fp16,bf16,int8,fp8]"  # the loss is what a record measures
 EVENTS = 4  # that an old state lacks, in a command
@@ -59,7 +58,7 @@ def _precision_here(options: Mapping[str, Any], key: str) -> str:
     device = options.get(f"{engine}.device", "auto")
     on_gpu = device == "cuda" or (device == "auto" and bool(visible_gpus()))
     name = options.get(engine) or options[f"{engine}.name"]  # a stage of a pipeline has the second
-    return AUTO.get(name, USUAL)[0 if on_gpu else 1]
+    return registry.auto_precision(name, on_gpu)
 
 
 def with_losses(

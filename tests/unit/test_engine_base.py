@@ -149,7 +149,7 @@ def test_common_facts_are_there_and_an_engines_own_win() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_placement_resolves_auto_and_refuses_a_missing_gpu() -> None:
-    assert Placement.of(DeviceOptions(cpu_threads=2)) == Placement(CPU, "fp32", 2)
-    assert Placement.of(DeviceOptions(device="cpu", precision="bf16")).precision == "bf16"
+    assert Placement.of(DeviceOptions("hstu", cpu_threads=2)) == Placement(CPU, "fp32", 2)
+    assert Placement.of(DeviceOptions("hstu", device="cpu", precision="bf16")).precision == "bf16"
     with pytest.raises(UnavailableError, match=r"engine\.device=cuda: .*; use engine\.device=cpu"):
         Placement.of(DeviceOptions(device="cuda"))

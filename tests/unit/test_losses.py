@@ -21,6 +21,9 @@ from grbench.report import losses
 from grbench.report.frame import read_cells
 from grbench.report.losses import options_of_spec, with_losses
 from grbench.report.losses_command import main
+from grengines import registry
+from grengines.onnxruntime.session import placement_of
+from grengines.runtime.device import Placement
 
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "reports/quality"
@@ -172,6 +175,20 @@ def test_a_precision_auto_is_as_the_option_of_the_engine_says(
     assert said is not None
     expected = said[1] if gpus or said[2] is None else said[2]
     assert losses.automatic(spec) == {"engine.precision": expected}
+
+
+@pytest.mark.parametrize("engine", ["hstu", "onnxruntime"])
+def test_an_engine_and_the_losses_read_auto_from_the_row_of_the_engine(
+    monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """A row with other precisions changes both."""
+    spec, _ = compose_spec([f"engine={engine}", "engine.device=cpu"])
+    place: Any = {"hstu": Placement.of, "onnxruntime": placement_of}[engine]
+    for expected in ("fp32", "fp16"):
+        row = dataclasses.replace(registry.get(engine), auto_precision=("bf16", expected))
+        monkeypatch.setitem(registry.ENGINES, engine, row)
+        assert place(spec.engine).precision == expected
+        assert losses.automatic(spec) == {"engine.precision": expected}
 
 
 @pytest.mark.parametrize("gpus, retrieve, rank", [([], "fp32", "fp32"), (["0"], "bf16", "fp16")])

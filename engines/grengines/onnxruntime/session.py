@@ -11,7 +11,7 @@ import torch
 from grengines.api import UnavailableError
 from grengines.export.module import INPUTS, OUTPUT
 from grengines.onnxruntime.config import OnnxRuntimeConfig
-from grengines.runtime.device import CPU, Placement
+from grengines.runtime.device import CPU, Placement, precision_of
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _LEVELS = {
@@ -23,7 +23,7 @@ _LEVELS = {
 
 
 def placement_of(options: OnnxRuntimeConfig) -> Placement:
-    """Resolve `auto`: cuda and fp16 if ONNX Runtime and PyTorch, which holds the inputs, can use a GPU, else fp32.
+    """Resolve `auto`: cuda if ONNX Runtime and PyTorch, which holds the inputs, can use a GPU, and the precision.
 
     PyTorch's threads stay as they are. Raises UnavailableError for a device or a precision that ONNX Runtime lacks.
     """
@@ -35,7 +35,7 @@ def placement_of(options: OnnxRuntimeConfig) -> Placement:
             f"engine.device=cuda: {why}; use engine.device=cpu, or pip install onnxruntime-gpu on a machine with a GPU"
         )
     on_gpu = usable and options.device != "cpu"
-    precision = options.precision if options.precision != "auto" else "fp16" if on_gpu else "fp32"
+    precision = precision_of(options, on_gpu)
     if precision == "bf16" and not on_gpu:
         raise UnavailableError(
             "engine.precision=bf16: ONNX Runtime's CPU provider has no bf16 kernels; use fp32, fp16 or int8"

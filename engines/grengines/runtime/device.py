@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from grengines import registry
 from grengines.api import UnavailableError
 from grengines.options import DeviceOptions
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRODUCTS = {"fp8": "bf16"}  # precisions of products only, each with that of everything else
+
+
+class PrecisionOptions(Protocol):
+    """Options of an engine that has a precision."""
+
+    name: str
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,7 @@ class Placement:
 
     @classmethod
     def of(cls, options: DeviceOptions) -> Placement:
-        """Resolve `auto`: cuda if there is a GPU, bf16 on a GPU, fp32 on a CPU.
+        """Resolve `auto`: cuda if there is a GPU, and the precision by the engine's row.
 
         Raises UnavailableError for cuda if PyTorch can't use a GPU.
         """
@@ -36,5 +45,9 @@ class Placement:
             )
         on_gpu = usable and options.device != "cpu"
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else CPU
-        precision = options.precision if options.precision != "auto" else "bf16" if on_gpu else "fp32"
-        return cls(device, precision, options.cpu_threads)
+        return cls(device, precision_of(options, on_gpu), options.cpu_threads)
+
+
+def precision_of(options: PrecisionOptions, on_gpu: bool) -> str:
+    """Return the precision that an engine's options ask for: for `auto`, that of the engine's row in the registry."""
+    return options.precision if options.precision != "auto" else registry.auto_precision(options.name, on_gpu)

@@ -20,7 +20,7 @@ from grengines.export import exporter
 from grengines.fallback import OutsideError
 from grengines.runtime.batch import Bucket, Layout, pack
 from grengines.runtime.buckets import Buckets, plan_buckets
-from grengines.runtime.device import Placement
+from grengines.runtime.device import Placement, precision_of
 from grengines.runtime.profile import Sizes, check, profiles
 from grengines.runtime.results import collect
 from grengines.runtime.timing import Marks
@@ -40,7 +40,6 @@ class TensorRTEngine(RankingEngine):
     name = "tensorrt"
 
     def __init__(self, options: TensorRTConfig, setup: Setup) -> None:
-        precision = options.precision if options.precision != "auto" else "bf16"
         self._options = options
         self._library = find(options.library)
         if not torch.cuda.is_available():
@@ -48,7 +47,8 @@ class TensorRTEngine(RankingEngine):
                 "engine=tensorrt executes on an NVIDIA GPU, and PyTorch finds none; plans can be built here: "
                 "python -m grbench build-plan --out PLAN"
             )
-        super().__init__(setup, Placement(torch.device("cuda", torch.cuda.current_device()), precision))
+        device = torch.device("cuda", torch.cuda.current_device())
+        super().__init__(setup, Placement(device, precision_of(options, on_gpu=True)))
         self._target = "{}.{}".format(*torch.cuda.get_device_capability(self._device))
         if reason := self._library.refusal(self._target):
             raise UnavailableError(f"{reason}; use engine=aoti here")
