@@ -146,6 +146,6 @@ def _strategy(strategy: Strategy) -> dict[str, Any]:
     }
 
 
-def _tasks(controller: Controller) -> int | None:
+def _tasks(controller: Controller) -> list[str]:
     spec = controller.strategies[0].spec
-    return None if spec.task == "generate" else len(spec.ranking_model.tasks)
+    return [] if spec.task == "generate" else spec.ranking_model.tasks

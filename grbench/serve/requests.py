@@ -217,10 +217,14 @@ def outputs_of(task: str) -> tuple[str, ...]:
     return ("OUTPUT", "OUTPUT_LENGTHS") if task == "rank" else ("OUTPUT", "ITEMS", "OUTPUT_LENGTHS")
 
 
-def metadata(task: str, tasks: int | None) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
-    """Return the inputs and outputs of a task. tasks: scores of an item; None: one number."""
+def metadata(task: str, tasks: Sequence[str]) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """Return the inputs and outputs of a task. tasks: names of the scores of an item; empty: it has one number."""
     names = [name for name in INPUTS if task == "rank" or name != "NUM_CANDIDATES"]
     inputs: list[dict[str, object]] = [{"name": n, "datatype": INPUTS[n][0], "shape": [-1]} for n in names]
-    shape = [-1] if tasks is None else [-1, tasks]
-    forms = {name: ("FP32", shape) if name == "OUTPUT" else ("INT64", [-1]) for name in outputs_of(task)}
-    return inputs, [{"name": name, "datatype": kind, "shape": sizes} for name, (kind, sizes) in forms.items()]
+    output: dict[str, object] = {"name": "OUTPUT", "datatype": "FP32", "shape": [-1]}
+    if tasks:
+        output |= {"shape": [-1, len(tasks)], "parameters": {"tasks": ",".join(tasks)}}
+    numbers: list[dict[str, object]] = [
+        {"name": name, "datatype": "INT64", "shape": [-1]} for name in outputs_of(task) if name != "OUTPUT"
+    ]
+    return inputs, [output, *numbers]

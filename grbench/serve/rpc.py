@@ -158,9 +158,11 @@ class Rpc:
         return self._classes["ServerMetadataResponse"](name=PLATFORM, version=__version__, extensions=EXTENSIONS)
 
     async def _model(self, request: Any, context: Any) -> Any:
-        return self._filled(
-            "ModelMetadataResponse", describe.model_metadata(self._service, request.name, request.version)
-        )
+        facts = describe.model_metadata(self._service, request.name, request.version)
+        for tensor in facts["outputs"]:
+            words = tensor.pop("parameters", {})
+            tensor["parameters"] = {name: {"string_param": word} for name, word in words.items()}
+        return self._filled("ModelMetadataResponse", facts)
 
     async def _config(self, request: Any, context: Any) -> Any:
         return self._filled(
