@@ -46,12 +46,18 @@ class Measured(NamedTuple):
 class CellSession:
     """Runs cells and keeps their records. `end` ends it; `close` also prints the table.
 
-    run: the options of the first cell. quiet: print no progress. gpus: the most that one of the cells takes. held: the
-    caller holds the command line (`only_command`).
+    run: the options of the first cell. quiet: print no progress. rare: print only a line now and then of a cell that
+    takes long. gpus: the most that one of the cells takes. held: the caller holds the command line (`only_command`).
     """
 
     def __init__(
-        self, run: RunConfig, invocation: Invocation, quiet: bool = False, gpus: int = 1, held: bool = False
+        self,
+        run: RunConfig,
+        invocation: Invocation,
+        quiet: bool = False,
+        rare: bool = False,
+        gpus: int = 1,
+        held: bool = False,
     ) -> None:
         self._invocation, self._repeats = invocation, run.runner.repeats
         self._total = invocation.total * self._repeats
@@ -61,7 +67,8 @@ class CellSession:
         self._jobs: list[Job] = []
         self._cells: list[tuple[Path, RunRecord]] = []
         self._root = Path(run.runner.output_root).absolute()
-        self._screen = Console(stderr=True, quiet=quiet)
+        self._screen = Console(stderr=True, quiet=quiet or rare)
+        self._progress_screen, self._rare = Console(stderr=True, quiet=quiet), rare
         self._sweep_id = invocation.sweep.name if invocation.sweep else None
         with contextlib.ExitStack() as holds:  # a notebook may keep the error, and this with it
             if self._sweep_id and not held:
@@ -144,9 +151,9 @@ class CellSession:
         if why_not:
             self._say(f"{title}: {why_not}, so it is measured again")
         if self._places is not None:
-            self._begin(self._places, job, progress_of(spec, self._screen, title, redrawn=False), ended)
+            self._begin(self._places, job, self._progress_of(spec, title, redrawn=False), ended)
             return None
-        with progress_of(spec, self._screen, title) as progress:
+        with self._progress_of(spec, title) as progress:
             try:
                 record, folder = run_cell(
                     spec,
@@ -163,6 +170,9 @@ class CellSession:
                 raise
         self._finish(folder, record)
         return Measured(folder, record, False)
+
+    def _progress_of(self, spec: RunSpec, title: str, redrawn: bool = True) -> CellProgress:
+        return progress_of(spec, self._progress_screen, title, redrawn, self._rare)
 
     def _begin(self, places: Places, job: Job, progress: CellProgress, ended: Callable[[Measured], None]) -> None:
         """Take a cell that runs beside others, and start those before it once a place is free.
@@ -332,12 +342,12 @@ def repeated(job: Job, repeat: int) -> Job:
     )
 
 
-def progress_of(spec: RunSpec, screen: Console, title: str, redrawn: bool = True) -> CellProgress:
+def progress_of(spec: RunSpec, screen: Console, title: str, redrawn: bool = True, rare: bool = False) -> CellProgress:
     """Return the progress of a cell, with the number of answers or the duration that its scenario has."""
     if count := spec.gate.quality_requests if is_accuracy(spec.scenario) else issued(spec.scenario):
-        return CellProgress(screen, title, count, redrawn=redrawn)
+        return CellProgress(screen, title, count, redrawn=redrawn, rare=rare)
     least_s: float = getattr(spec.scenario, "min_duration_s", 0.0)
-    return CellProgress(screen, title, spec.scenario.queries, least_s, redrawn)
+    return CellProgress(screen, title, spec.scenario.queries, least_s, redrawn, rare)
 
 
 class CellProgress:
@@ -345,14 +355,23 @@ class CellProgress:
 
     It is redrawn only when the worker reports, never by a timer: a busy launcher would disturb the measurement.
     queries: the fewest answers of the scenario. least_s: its shortest duration. redrawn: False for lines also on a
-    terminal.
+    terminal. rare: such lines, and of the stages too only now and then.
     """
 
-    def __init__(self, screen: Console, title: str, queries: int, least_s: float = 0.0, redrawn: bool = True) -> None:
-        self._screen, self.title, self._redrawn = screen, title, redrawn and screen.is_terminal
+    def __init__(
+        self,
+        screen: Console,
+        title: str,
+        queries: int,
+        least_s: float = 0.0,
+        redrawn: bool = True,
+        rare: bool = False,
+    ) -> None:
+        self._screen, self.title, self._redrawn = screen, title, redrawn and not rare and screen.is_terminal
         self._queries, self._least_s = queries, least_s
         self._begun, self._stage_begun = time.monotonic(), time.monotonic()
-        self._say_answered = at_most_every(SILENCE_S, self._say)
+        self._say_now_and_then = at_most_every(SILENCE_S, self._say)
+        self._say_stage = self._say_now_and_then if rare else self._say
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -381,7 +400,7 @@ class CellProgress:
             took = pace(now - self._begun)
             self._bar.update(self._task, description=escape(f"{self.title}: {event['stage']}"), pace=took)
             if not self._redrawn:
-                self._say(event["stage"] if now - self._begun < 1 else f"{event['stage']} ({took})")
+                self._say_stage(event["stage"] if now - self._begun < 1 else f"{event['stage']} ({took})")
         else:
             answered, seconds = event["answered"], now - self._stage_begun
             in_time = round(answered * self._least_s / seconds) if seconds else 0  # at the same pace
@@ -389,7 +408,7 @@ class CellProgress:
             took = pace(seconds, answered, total)
             self._bar.update(self._task, completed=answered, total=total, pace=took)
             if not self._redrawn:
-                self._say_answered(f"{answered} of {'about ' * (total > self._queries)}{total} answers, {took}")
+                self._say_now_and_then(f"{answered} of {'about ' * (total > self._queries)}{total} answers, {took}")
         if self._redrawn:
             self._bar.refresh()
 

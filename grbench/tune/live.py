@@ -19,6 +19,7 @@ from grbench.config.compose import compose_spec
 from grbench.config.jobs import Job
 from grbench.config.schema import RunConfig, RunSpec
 from grbench.execution import records
+from grbench.execution.clock import SILENCE_S
 from grbench.execution.earlier import environment_difference
 from grbench.execution.environment import describe_environment
 from grbench.execution.records import RunRecord, Status
@@ -76,6 +77,7 @@ class LiveEvaluator:
         self._cells = 0
         self._overheads: list[float] = []
         self._again: list[float] = []  # those of kept engines
+        self._search_s: list[float] = []  # of cells that do not certify
         self._starts = Starts(specs)
         self._warm: set[Engine] = set()  # engines that are kept
         self._quality: dict[str, dict[str, float]] = {}
@@ -147,8 +149,8 @@ class LiveEvaluator:
         return {(configuration, probe.seed) for configuration, probe in wanted if keep}
 
     def _not_earlier(self, wanted: Sequence[Wanted]) -> list[Wanted]:
-        """Return the probes that no earlier run that certifies answers."""
-        return [its for its in wanted if self._earlier_certifying(*its) is None]
+        """Return the probes that were not measured, and that no earlier run that certifies answers."""
+        return [its for its in wanted if its not in self._measured and self._earlier_certifying(*its) is None]
 
     def budget_for(self, wanted: Sequence[Wanted]) -> str:
         wanted = self._not_earlier(wanted)
@@ -161,6 +163,15 @@ class LiveEvaluator:
 
     def left(self) -> float:
         return 1 - self.used / self._total if self._total else 0.0
+
+    def rest_s(self, certifying: Sequence[Wanted]) -> float:
+        """Return the seconds until the budget ends, or these runs that are still to certify if they pass it."""
+        runs = self._not_earlier(certifying)
+        runs_s, budget = self._seconds(runs), self._declared.budget
+        if budget.cells is None:
+            return max((budget.seconds or 0.0) - self.used, runs_s)
+        usual_s = statistics.fmean(self._search_s) if self._search_s else FIRST_S + self._declared.goal.probe_s
+        return max(budget.cells - self._cells - len(runs), 0) * usual_s / self.places + runs_s
 
     # Measuring
 
@@ -212,6 +223,8 @@ class LiveEvaluator:
             # A certification that has begun ends: the search has seen to it that there is room.
             if self.left() <= 0 and not probe.seed and not self._session.has(job):
                 raise BudgetSpentError
+            if not self._session.has(job):
+                self._announce(configuration, probe)
             jobs.append(job)
         begun = time.monotonic()
         cells = self._session.measure(jobs)
@@ -229,6 +242,8 @@ class LiveEvaluator:
                     self._starts.add(key[0], record.duration_s)
             if not kept:
                 self._cells += 1
+                if not key[1].seed:
+                    self._search_s.append(seconds)
                 if record.ok:
                     tracked = after if self._cells > 1 else 0.0  # the first cell also imports what draws figures
                     overhead = record.duration_s + tracked - record.metrics.get("duration_s", 0.0)
@@ -240,6 +255,13 @@ class LiveEvaluator:
         if any(not kept for *_, kept in cells):
             ended = zip(new, cells, strict=True)
             self._warm = self._kept([key for key, (_, record, kept) in ended if record.ok and not kept])
+
+    def _announce(self, configuration: Configuration, probe: Probe) -> None:
+        """Say which probe begins, if it takes so long that one wonders."""
+        if (seconds := self._seconds([(configuration, probe)])) > SILENCE_S:
+            load = "offline" if probe.rate is None else f"{probe.rate:g} requests/s"
+            what = f"{'certifying at ' if probe.seed else ''}{load}, {probe.requests:,} requests"
+            self._say(f"{time.strftime('%H:%M:%S')} {configuration.name}: {what}: takes about {seconds:.0f} s")
 
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
         if self._loss_unknown(configuration):  # for now: the default configuration may still be measured

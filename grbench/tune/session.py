@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import math
 import os
@@ -26,16 +27,16 @@ from grbench.report.cells import number_of
 from grbench.tools import sizing
 from grbench.tune import answer, deploy
 from grbench.tune.answer import Answer
-from grbench.tune.certification import certify
+from grbench.tune.certification import SEED, certify, plan
 from grbench.tune.config import Declared
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.limits import Limit, Verdict
 from grbench.tune.live import LiveEvaluator
-from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe
+from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe, Wanted
 from grbench.tune.search import Search
 from grbench.tune.space import Space
 from grbench.tune.surrogate import Surrogate
-from grbench.tune.trial import Batching, Trial
+from grbench.tune.trial import HELD, Batching, Trial
 
 
 class TuneSession:
@@ -57,10 +58,11 @@ class TuneSession:
         gpus = require_gpus(space.specs.values(), run.runner.cluster)
         root = Path(run.runner.output_root).absolute()
         self.folder = root / "tune" / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-        invocation = Invocation(("tune", *words), 0, self.folder, config_dir=_path(declared.config_dir))
+        common = frozenset(declared.fixed)
+        invocation = Invocation(("tune", *words), 0, self.folder, (), _path(declared.config_dir), common)
         with made(self.folder):
             require_writable(self.folder, f"runner.output_root={run.runner.output_root}", "set runner.output_root to")
-            self._cells = CellSession(run, invocation, quiet=True, gpus=gpus, held=True)
+            self._cells = CellSession(run, invocation, rare=True, gpus=gpus, held=True)
         earlier = None if run.rerun else root
         self._evaluator = LiveEvaluator(self._cells, declared, space.specs, earlier, self.folder, self._say)
         batching = {
@@ -179,10 +181,19 @@ class TuneSession:
             limit = next(iter(self._declared.goal.limits), Limit("latency_ms/p99", math.inf))
             figure = limit.shown(outcome)
             what = f"{'certifying at ' if probe.seed else ''}{probe.rate:g} requests/s: {figure}: {verdict}"
-        left = max(self._evaluator.left(), 0.0)
-        took = pace(time.monotonic() - self._begun, 1 - left, 1)
-        rest = f"{left:.0%} of the budget left, {took}"
+        took_s, rest_s = time.monotonic() - self._begun, self._evaluator.rest_s(self._to_certify(trial, probe, verdict))
+        rest = f"{max(self._evaluator.left(), 0.0):.0%} of the budget left, {pace(took_s, took_s, took_s + rest_s)}"
         self._say(f"{time.strftime('%H:%M:%S')} {name}: {what}{kept}; best: {answer.leader(self._knowledge)}; {rest}")
+
+    def _to_certify(self, trial: Trial, probe: Probe, verdict: Verdict | None) -> list[Wanted]:
+        """Return the runs that are still to certify after a probe, as far as is known."""
+        goal, best = self._declared.goal, self._knowledge.incumbent
+        if not goal.runs or self._knowledge.concluded:
+            return []
+        if probe.seed:
+            seeds = range(probe.seed + 1, SEED + goal.runs) if verdict in HELD else ()
+            return [(trial.configuration, dataclasses.replace(probe, seed=seed)) for seed in seeds]
+        return [] if best is None else plan(goal, self._evaluator, best)
 
     def _say(self, line: str) -> None:
         self._screen.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -215,6 +215,29 @@ def test_progress_in_a_log_has_the_time_and_what_is_left(monkeypatch: pytest.Mon
     assert log.getvalue().endswith("\n2/4 hstu server: 900 of about 10800 answers, 50 s so far, about 9 min left\n")
 
 
+def test_progress_that_is_rare_has_a_line_each_fifteen_seconds_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search has a line for each probe, so that only a long one needs others."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    log = io.StringIO()
+    progress = CellProgress(Console(file=log, width=200, force_terminal=True), "hstu server", queries=1000, rare=True)
+    for seconds, event in (
+        (0, {"stage": "loading the workload"}),
+        (16, {"stage": "checking answers"}),
+        (18, {"stage": "measuring"}),
+        (30, {"answered": 200}),
+        (32, {"answered": 280}),
+        (40, {"answered": 440}),
+    ):
+        now[0] = 100.0 + seconds
+        with progress:
+            progress.show(event)
+    assert log.getvalue().splitlines() == [
+        "hstu server: checking answers (16 s so far)",
+        "hstu server: 280 of 1000 answers, 14 s so far, about 36 s left",
+    ]
+
+
 @pytest.mark.parametrize(
     "scenario, said",
     [

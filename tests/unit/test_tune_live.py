@@ -64,6 +64,14 @@ class Measured:
         return Cell(folder, record, False)
 
 
+class Repeated(Measured):
+    """A session that measures a window again and again."""
+
+    def measure(self, jobs: Sequence[Job]) -> list[Cell]:
+        self._folder /= "next"
+        return super().measure(jobs)
+
+
 def evaluator(
     session: object,
     root: Path,
@@ -209,6 +217,42 @@ def test_a_budget_without_room_is_answered_with_one_to_type(tmp_path: Path, budg
     assert enough.share(probes) <= MOST
 
 
+def test_the_time_left_is_that_of_the_budget_and_of_what_still_certifies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A certifying run may take as long as all probes of the search."""
+    now = [0.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+
+    class Timed(Repeated):
+        def measure(self, jobs: Sequence[Job]) -> list[Cell]:
+            now[0] += CELL_S
+            return super().measure(jobs)
+
+    found = dict.fromkeys((0, 64), (Status.OK, 0.75, 0.0))
+    runs = [(WINDOW, Probe(100.0, 30_000, seed)) for seed in (101, 102)]  # 300 s each
+    for budget, rest_s, with_runs_s in (("20cells", 18 * CELL_S, 600 + 16 * CELL_S), ("1000s", 1000, 1000)):
+        measures = evaluator(Timed(tmp_path / budget, found), tmp_path / "none", f"budget={budget}")
+        for configuration in WINDOWS:
+            measures.evaluate(configuration, OFFLINE)
+        assert measures.rest_s([]) == pytest.approx(rest_s, abs=8)
+        assert measures.rest_s(runs) == pytest.approx(with_runs_s, abs=30)
+        measures.evaluate(*runs[0])
+        assert measures.rest_s(runs) == pytest.approx(300 + 16 * CELL_S if "cells" in budget else 1000, abs=20)
+    short = evaluator(Measured(tmp_path / "short", found), tmp_path / "none", "budget=100s")
+    assert short.rest_s(runs) == pytest.approx(600, abs=30)  # a certification that has begun ends
+
+
+def test_a_probe_that_takes_long_is_announced(tmp_path: Path) -> None:
+    lines: list[str] = []
+    found = {64: (Status.OK, 0.75, 0.0)}
+    measures = evaluator(Repeated(tmp_path, found), tmp_path / "none", "budget=1000s", say=lines.append)
+    for probe in (Probe(100.0, 200), Probe(100.0, 10_000, 101)):
+        measures.evaluate(WINDOW, probe)
+    [line] = lines
+    assert line[8:].startswith(f" {WINDOW.name}: certifying at 100 requests/s, 10,000 requests: takes about 1")
+
+
 @pytest.mark.parametrize(
     "typed, kept, longest_s",
     [
@@ -222,10 +266,9 @@ def test_every_cell_keeps_its_engine_and_has_a_part_of_the_budget(
     """Places go by the options of each cell: tests/cli/test_parallel.py has what they do with them."""
     given: list[Job] = []
 
-    class Noting(Measured):
+    class Noting(Repeated):
         def measure(self, jobs: Sequence[Job]) -> list[Cell]:
             given.extend(jobs)
-            self._folder /= "next"
             return super().measure(jobs)
 
     for budget in ("budget=20cells", "budget=300s"):
