@@ -18,7 +18,10 @@ from grbench.config.schema import ConfigError, RunSpec, to_spec
 from grbench.execution import results
 from grbench.execution.records import one_line
 from grbench.execution.worker import classify
-from grbench.report.results import row_cell, rows_table
+from grbench.report.chart import Chart
+from grbench.report.markdown import sections
+from grbench.report.page import Block
+from grbench.report.results import row_cell, rows_blocks
 from grengines import registry
 from grengines.api import Catalogue, Request, Retrieval, UnavailableError
 from grengines.options import URLS, is_url
@@ -173,6 +176,7 @@ class Rows:
         self._facts = results.origin(["python", f"experiments/{Path(program).name}", *words])
         self._rows: list[dict[str, Any]] = []
         self._notes: list[str] = []
+        self._charts: list[Chart] = []
 
     @property
     def command(self) -> str:
@@ -191,9 +195,19 @@ class Rows:
         self._notes.append(text)
         self._save()
 
+    def draw(self, chart: Chart) -> None:
+        """Take a chart of the rows: `grbench reports` draws it."""
+        self._charts.append(chart)
+        self._save()
+
+    def blocks(self) -> list[Block]:
+        """Return the table, the notes, and the reasons of rows without a result."""
+        return rows_blocks(self._rows, self._notes)
+
     def _save(self) -> None:
         if self._out:
-            results.save(self._out, {**self._facts, "notes": self._notes}, self._rows)
+            charts = {"charts": [chart.to_dict() for chart in self._charts]} if self._charts else {}
+            results.save(self._out, {**self._facts, "notes": self._notes, **charts}, self._rows)
 
     def fail(self, error: Exception, **row: Any) -> None:
         """Take a row without a result and the reason."""
@@ -202,6 +216,6 @@ class Rows:
 
     def close(self) -> None:
         """Print the table and the reasons of rows without a result."""
-        print("\n\n".join(rows_table(self._rows, self._notes)))
+        print("\n\n".join(sections(self.blocks())))
         if self._out:
             print(f"\nresults: {self._out / results.RESULTS_FILE}", file=sys.stderr)

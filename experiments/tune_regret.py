@@ -4,9 +4,9 @@
     python experiments/tune_regret.py --grid outputs/studies/tune_grid
 
 The grid is a folder of offline cells, one for each configuration. docs/TUNING.md says how a replay draws latencies.
-With --out it also draws the regrets (regret.png) and the best rate of each batch size by kernel, precision and graphs
-(flips.png), into regret.md beside results.json. OUT/grid/results.json is then the grid itself, with at most 128 batches
-of each configuration, and `--grid OUT/grid` replays from it: it is small enough to be kept.
+With --out it also writes OUT/regret.html, with a chart of the regrets and one of the best rate of each batch size by
+kernel, precision and graphs. OUT/grid/results.json is then the grid itself, with at most 128 batches of each
+configuration: it is small enough to be kept, and `--grid OUT/grid` replays from it.
 """
 
 from __future__ import annotations
@@ -25,21 +25,23 @@ import common
 from grbench.config.schema import ConfigError
 from grbench.execution import records, results
 from grbench.execution.records import Status
+from grbench.report import html
 from grbench.report.cells import flatten, shown
 from grbench.report.chart import Chart, Series
 from grbench.report.frame import ReportError
-from grbench.report.markdown import sections
-from grbench.report.page import Bullets, Figure
-from grbench.report.write import draw
+from grbench.report.page import Figure
+from grbench.report.provenance import Origin
 from grbench.tune import limits
 from grbench.tune.live import batches_of
 from grbench.tune.outcome import Configuration
 from grbench.tune.replay import OURS, STRATEGIES, Grid, Measured, Run, replay
 from grbench.tune.trial import Batching, Goal
+from grengines.runtime import atomic_io
 
-BOUND = 0.05  # of the mean regret
+BOUND, WITHIN = 0.05, 0.15  # the target: of the mean regret, after this share of as many cells as the grid has
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 BATCHES = 128  # of a cell that are kept, evenly spaced
+PAGE = "regret.html"
 KINDS = ("engine", "kernel", "engine.precision", "engine.cuda_graphs")
 ORDER = ("engine", "kernel", "engine.precision", "engine.cpu_threads", "engine.cuda_graphs", "cache")
 
@@ -51,13 +53,14 @@ class Kept(NamedTuple):
 
     grid: Grid
     facts: dict[str, Any]
+    file: Path | None = None  # the results file that it is from
 
 
 def load(folder: Path) -> Kept:
     """Return the grid of the offline cells in a folder, or of a results file there. Raises ReportError.
 
     Its options are those in which the cells differ. What an engine refused is not in it: a search leaves that out
-    before anything runs.
+    before anything runs. All cells must have one commit and one machine.
     """
     if (folder / results.RESULTS_FILE).is_file():
         return load_rows(folder / results.RESULTS_FILE)
@@ -66,6 +69,9 @@ def load(folder: Path) -> Kept:
         for path, record in records.find(folder)
         if record.spec["scenario"]["name"] == "offline" and record.status is not Status.UNAVAILABLE
     ]
+    origins = list(dict.fromkeys(str(Origin.of(record.environment)) for _, record in cells))
+    if len(origins) > 1:
+        raise ReportError(f"{folder}: cells of {' and of '.join(origins)}; measure those of one commit on one machine")
     specs = [flatten(record.spec) for _, record in cells]
     typed = {word.partition("=")[0] for _, record in cells for word in record.overrides}
     keys = [key for key in specs[0] if key in typed and len({shown(spec.get(key)) for spec in specs}) > 1]
@@ -78,7 +84,7 @@ def load(folder: Path) -> Kept:
             continue
         some = [(size, round(seconds, 7)) for size, seconds in batches[:: math.ceil(len(batches) / BATCHES) or 1]]
         values = tuple((key, shown(spec[key])) for key in keys if key in spec)
-        cell = Measured(record.metrics.get("throughput_rps", 0.0), some, str(record.status))
+        cell = Measured(record.metrics.get("throughput_rps", 0.0), some, str(record.status), error=record.error or "")
         mine = Batching(scenario["max_batch"], scenario["max_wait_ms"] / 1e3, scenario["in_flight"])
         found.append((Configuration(values), cell, mine))
     facts = {"started_at": cells[0][1].started_at, "environment": cells[0][1].environment} if cells else {}
@@ -92,14 +98,14 @@ def load_rows(file: Path) -> Kept:
         data = results.load(file)
         for row in data["rows"]:
             batches = [(int(size), ms / 1e3) for size, its in row["batches"].items() for ms in its]
-            cell = Measured(row.get("offline", 0.0), batches, row["status"])
+            cell = Measured(row.get("offline", 0.0), batches, row["status"], error=row.get("reason", ""))
             found.append((Configuration(tuple(row["options"].items())), cell, Batching(*row["batching"])))
     except KeyError as e:
         raise ReportError(f"{file}: no grid, as {e} is missing; tune_regret.py --out OUT writes OUT/grid") from None
     except ValueError as e:
         raise ReportError(str(e)) from None
     keys = dict.fromkeys(key for configuration, _, _ in found for key, _ in configuration.values)
-    return Kept(_grid(keys, found), {key: data[key] for key in ("command", "started_at", "environment")})
+    return Kept(_grid(keys, found), {}, file)
 
 
 def _grid(keys: Iterable[str], cells: Sequence[Cell]) -> Grid:
@@ -109,8 +115,13 @@ def _grid(keys: Iterable[str], cells: Sequence[Cell]) -> Grid:
     return Grid(axes, {c: cell for c, cell, _ in cells}, {c: batching for c, _, batching in cells})
 
 
-def save_rows(kept: Kept, truths: Mapping[Configuration, float], command: str, limit: str, out: Path) -> None:
-    """Write the grid to results.json: of each configuration its rates, and the milliseconds of its batches by size."""
+def save_rows(
+    kept: Kept, truths: Mapping[Configuration, float], command: str, limit: str, chart: Chart, out: Path
+) -> None:
+    """Write the grid to results.json: of each configuration its rates, and the milliseconds of its batches by size.
+
+    chart: of the best rates, which the page of the kept grid has too.
+    """
     rows = []
     for configuration, cell in kept.grid.cells.items():
         batching, batches = kept.grid.batching[configuration], defaultdict(list)
@@ -122,12 +133,14 @@ def save_rows(kept: Kept, truths: Mapping[Configuration, float], command: str, l
                 "configuration": configuration.name,
                 **rates,
                 "status": cell.status,
+                **({"reason": cell.error} if cell.error else {}),
                 "options": dict(configuration.values),
                 "batching": [batching.max_batch, batching.max_wait_s, batching.in_flight],
                 "batches": batches,
             }
         )
-    results.save(out, {"command": command, **kept.facts, "title": "Requests/s of each configuration"}, rows)
+    facts = {"command": command, **kept.facts, "title": "Requests/s of each configuration", "charts": [chart.to_dict()]}
+    results.save(out, facts, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -168,12 +181,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     goal = Goal("throughput", (limit,), probe_s=args.probe_s)
     with ProcessPoolExecutor(initializer=_share, initargs=(grid, goal, {}, 0)) as processes:
         truths = dict(zip(grid.cells, processes.map(_truth, grid.cells, chunksize=8), strict=True))
-    if args.out:
-        save_rows(kept, truths, rows.command, args.limit, args.out / "grid")
+    flips = best_by_batch(grid, truths)
+    by_batch = flip_chart(flips, args.limit)
+    if args.out and not kept.file:
+        save_rows(kept, truths, rows.command, args.limit, by_batch, args.out / "grid")
     best = max(truths, key=lambda configuration: truths[configuration])
     rows.note(f"{total} configurations; the best is {best.name} with {truths[best]:.4g} requests/s within {args.limit}")
-    rows.note("columns are mean regrets after that share of as many cells as there are configurations")
-    flips = best_by_batch(grid, truths)
+    rows.note(
+        f"columns with % alone are mean regrets of {args.seeds} seeds, after that share of as many cells as there are "
+        "configurations; docs/TUNING.md says what the others are"
+    )
     for line in best_batches(flips):
         rows.note(line)
     cells = max(round(args.most * total), 2)
@@ -186,19 +203,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
             means = {
                 f"{share:.0%}": curves[name][max(round(share * total), 1) - 1] for share in SHARES if share <= args.most
             }
+            claims = [run.claim for run in runs if run.claim is not None]
+            within = f"{BOUND:.0%}"
+            early = [run.regret[max(round(WITHIN * total), 1) - 1] for run in runs] if args.most >= WITHIN else []
             rows.add(
                 strategy=name,
                 **means,
+                **({f"{WITHIN:.0%} within {within}": _counted(early)} if early else {}),
                 certified=f"{len(finals)} of {len(runs)}",
                 final=mean(finals) if finals else None,
+                **{f"final within {within}": _counted(finals)},
                 false_feasible=sum(run.false_feasible for run in runs),
+                highest_claim=max(claims) if claims else None,
             )
         for places in args.places:
             runs = list(processes.map(_replay, [(OURS, seed, places) for seed in range(args.seeds)]))
             rows.note(f"{OURS}, {places} probes at a time: {in_rounds(runs)}")
+    regrets = regret_chart(curves, total)
+    rows.draw(regrets)
     rows.close()
     if args.out:
-        write_page(args.out, [regret_chart(curves), flip_chart(flips, args.limit)], best_batches(flips))
+        content = [*rows.blocks(), *(Figure(chart.key, chart) for chart in (regrets, by_batch))]
+        atomic_io.write(args.out / PAGE, html.page("Regret of search strategies", content).encode())
 
 
 _shared: dict[str, Any] = {}
@@ -216,6 +242,11 @@ def _truth(configuration: Configuration) -> float:
 def _replay(which: tuple[str, int, int]) -> Run:
     strategy, seed, places = which
     return replay(_shared["grid"], _shared["goal"], strategy, _shared["cells"], seed, _shared["truths"], places)
+
+
+def _counted(regrets: Sequence[float]) -> str:
+    """Return how many regrets are within the target."""
+    return f"{sum(regret <= BOUND for regret in regrets)} of {len(regrets)}"
 
 
 def in_rounds(runs: Sequence[Run]) -> str:
@@ -244,32 +275,23 @@ def best_batches(flips: Mapping[str, Mapping[int, float]]) -> list[str]:
     return [f"{kind}: best at max_batch={batch}, {flips[kind][batch]:.4g} requests/s" for kind, batch in best.items()]
 
 
-def regret_chart(curves: Mapping[str, Sequence[float]]) -> Chart:
-    """Return the mean regret of each strategy after each cell."""
+def regret_chart(curves: Mapping[str, Sequence[float]], total: int) -> Chart:
+    """Return the mean regret of each strategy after each cell. total: configurations of the grid."""
     series = [
-        Series(name, list(range(1, len(its) + 1)), [100 * value for value in its], colour=i, mode="line")
+        Series(name, list(range(1, len(its) + 1)), [round(100 * value, 2) for value in its], colour=i, mode="line")
         for i, (name, its) in enumerate(curves.items())
     ]
-    bounds = [("y", 5.0, "5%"), ("x", 0.15 * len(next(iter(curves.values()))), "15% of the grid")]
+    bounds = [("y", 100 * BOUND, f"{BOUND:.0%}"), ("x", WITHIN * total, f"{WITHIN:.0%} of the grid")]
     return Chart("regret", "Regret against evaluations", "cells", "mean regret, %", series, limits=bounds)
 
 
 def flip_chart(flips: Mapping[str, Mapping[int, float]], limit: str) -> Chart:
     """Return the best rate of each batch size, a line for each kind of configuration."""
     series = [
-        Series(kind, sorted(its), [its[batch] for batch in sorted(its)], colour=i, mode="line+points")
+        Series(kind, sorted(its), [round(its[batch], 2) for batch in sorted(its)], colour=i, mode="line+points")
         for i, (kind, its) in enumerate(flips.items())
     ]
     return Chart("flips", f"Best rate within {limit}", "max_batch", "requests/s", series, log_x=True)
-
-
-def write_page(out: Path, charts: Sequence[Chart], lines: Sequence[str]) -> None:
-    """Write the charts and lines as regret.md."""
-    figures = [Figure(chart.key, chart) for chart in charts]
-    draw(figures, out)
-    page = out / "regret.md"
-    content = ["# Regret of search strategies", *sections([*figures, Bullets(lines)], out, page)]
-    page.write_text("\n\n".join(content) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

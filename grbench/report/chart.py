@@ -6,8 +6,9 @@ Numbers in a chart are those of the rows, so that a table beside it is its legen
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from grbench.execution.records import RunRecord
 from grbench.report.cells import figure
@@ -55,6 +56,15 @@ class Chart:
     rows: Sequence[str] = ()  # names of horizontal bars or points, from the top
     ends: Sequence[str] = ()  # texts at the ends of the bars
     notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Chart:
+        """Return the chart that `to_dict` gave. Raises KeyError or TypeError for anything else."""
+        return cls(**{**data, "series": [Series(**series) for series in data["series"]]})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the chart as plain data, for a file."""
+        return asdict(self)
 
     def png(self, path: Path | None = None) -> bytes:
         """Return the chart as PNG and write it to `path`, if there is one."""

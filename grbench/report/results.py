@@ -6,10 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grbench.report.cells import MISSING, figure, flatten, shown
+from grbench.report.chart import Chart
 from grbench.report.markdown import bullets, table
+from grbench.report.markdown import sections as written
+from grbench.report.page import Block, Bullets, Table
 
 Results = dict[str, Any]  # what a results file holds
 Row = dict[str, Any]
+
+MOST_POINTS = 12  # of a chart that is a table too
 
 
 def results_sections(files: Sequence[tuple[str, Results]]) -> list[str]:
@@ -27,21 +32,38 @@ def results_sections(files: Sequence[tuple[str, Results]]) -> list[str]:
     return sections
 
 
-def rows_table(rows: Sequence[Row], notes: Sequence[str] = ()) -> list[str]:
+def charts_of(results: Results) -> list[Chart]:
+    """The charts that a program has put beside its rows. Raises ValueError for anything else there."""
+    try:
+        return [Chart.from_dict(chart) for chart in results.get("charts", [])]
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"charts: not those of a program in experiments/ ({e})") from None
+
+
+def rows_blocks(rows: Sequence[Row], notes: Sequence[str] = ()) -> list[Block]:
     """A table with a column for each scalar of the rows, headed by its key; then notes, and rows without a result."""
     done = [row for row in rows if row.get("status", "OK") == "OK"]
     keys = dict.fromkeys(key for row in done for key, value in row.items() if not isinstance(value, list | dict))
     keys.pop("status", None)
     cells = [[row_cell(row.get(key)) for key in keys] for row in done]
-    return [
-        *([table([key.replace("_", " ") for key in keys], cells)] if done else []),
-        *bullets(notes),
-        *_failures(rows),
-    ]
+    lists = [lines for lines in (notes, _failures(rows)) if lines]
+    return [*([Table([key.replace("_", " ") for key in keys], cells)] if done else []), *map(Bullets, lists)]
 
 
 def _other_rows(results: Results) -> list[str]:
-    return rows_table(results["rows"], results.get("notes", []))
+    sections = written(rows_blocks(results["rows"], results.get("notes", [])))
+    for chart in charts_of(results):
+        places = sorted({x for series in chart.series for x in series.x})
+        if len(places) <= MOST_POINTS:
+            sections += [f"### {chart.title}", _points(chart, places)]
+    return sections
+
+
+def _points(chart: Chart, places: Sequence[float]) -> str:
+    """The points of a chart: a row for each series, a column for each place."""
+    found = [(series.name, dict(zip(series.x, series.y, strict=True))) for series in chart.series]
+    heads = [f"{chart.y}, by {chart.x}", *(f"{x:g}" for x in places)]
+    return table(heads, [[name, *(figure(points.get(x)) for x in places)] for name, points in found])
 
 
 def _kernel_rows(results: Results) -> list[str]:
@@ -65,7 +87,7 @@ def _kernel_rows(results: Results) -> list[str]:
             for row in done
         ]
         sections += [f"### {family}", table(heads, cells)] if done else []
-    return sections + _failures(rows)
+    return sections + bullets(_failures(rows))
 
 
 def _policy_rows(results: Results) -> list[str]:
@@ -122,7 +144,7 @@ KINDS: dict[str, Callable[[Results], list[str]]] = {"kernels": _kernel_rows, "ca
 
 
 def _failures(rows: Sequence[Row]) -> list[str]:
-    """Each reason once, after the rows that it holds for."""
+    """A line for each reason, with the rows that it holds for."""
     places: dict[str, list[str]] = {}
     for row in rows:
         if row.get("status", "OK") != "OK":
@@ -130,7 +152,7 @@ def _failures(rows: Sequence[Row]) -> list[str]:
             places.setdefault(f"{row['status']}: {row.get('reason') or 'no reason was recorded'}", []).append(
                 " ".join(names)
             )
-    return bullets([f"{reason} ({'; '.join(which)})" for reason, which in places.items()])
+    return [f"{reason} ({'; '.join(which)})" for reason, which in places.items()]
 
 
 def _scaled(value: float | None, factor: float, shown: Callable[[float], str]) -> str:

@@ -26,7 +26,7 @@ from grbench.report.frame import ReportError, has_samples, read_cells
 from grbench.report.markdown import sections as written
 from grbench.report.page import Figure, blocks, environment_blocks
 from grbench.report.provenance import Origin, check_origin
-from grbench.report.results import results_sections
+from grbench.report.results import charts_of, results_sections
 from grbench.report.write import draw
 from grengines.runtime import atomic_io
 
@@ -53,6 +53,8 @@ def study_page(folder: Path) -> str:
     sections += ["## Summary", *written(blocks(cells, figures=False))] if cells else []
     if tables:
         sections += results_sections([(path.parent.name, data) for path, data in tables])
+        drawn = [f"`{FIGURES}/{figure.name}.png`" for figure in _charts(tables)]
+        sections += ["## Figures", f"`make reports` draws {' and '.join(drawn)}."] if drawn else []
         environments = [(number, data["environment"]) for number, (_, data) in enumerate(tables, 1)]
         sections += [] if cells else written(environment_blocks(environments))
     return "\n\n".join(sections) + "\n"
@@ -63,9 +65,16 @@ def rebuild(folder: Path) -> Path:
     page = folder / PAGE
     atomic_io.write(page, study_page(folder).encode())
     shutil.rmtree(folder / FIGURES, ignore_errors=True)
-    if cells := _read(folder / RECORDS)[0]:
-        draw([block for block in blocks(cells) if isinstance(block, Figure)], folder / FIGURES)
+    cells, tables, _ = _read(folder / RECORDS)
+    figures = [block for block in blocks(cells) if isinstance(block, Figure)] if cells else []
+    if figures := [*figures, *_charts(tables)]:
+        draw(figures, folder / FIGURES)
     return page
+
+
+def _charts(tables: Sequence[tuple[Path, dict[str, Any]]]) -> list[Figure]:
+    """The charts of results files, named after the folder of each."""
+    return [Figure(f"{path.parent.name}_{chart.key}", chart) for path, data in tables for chart in charts_of(data)]
 
 
 def stale(folder: Path) -> str | None:
@@ -124,6 +133,11 @@ def _read(root: Path) -> tuple[list[Cell], list[tuple[Path, dict[str, Any]]], Or
         tables = [(path, results.load(path)) for path in sorted(root.rglob(results.RESULTS_FILE))]
     except ValueError as e:
         raise ReportError(str(e)) from None
+    for path, data in tables:
+        try:
+            charts_of(data)
+        except ValueError as e:
+            raise ReportError(f"{path}: {e}") from None
     environments = {str(path / RECORD_FILE): record.environment for path, record in cells}
     environments |= {str(path): data["environment"] for path, data in tables}
     if not environments:

@@ -23,7 +23,7 @@ from grbench.tune.proposers import Axes, Listed, Neighbours, OneAtATime, OptunaP
 from grbench.tune.queue_model import BatchTimes, Floats, arrivals, latencies_ms
 from grbench.tune.search import Search
 from grbench.tune.surrogate import Surrogate
-from grbench.tune.trial import Batching, Goal
+from grbench.tune.trial import Batching, Goal, carried
 from grbench.tune.worth import pooled
 
 CERTIFYING = 30  # cells for certification, beside those of the search
@@ -44,12 +44,13 @@ STRATEGIES: dict[str, Callable[[Sequence[Configuration], Axes, int], Proposer]] 
 
 @dataclass(frozen=True)
 class Measured:
-    """A cell of the grid: its rate offline and its batches, or the status of its failure."""
+    """A cell of the grid: its rate offline and its batches, or the status of its failure and the reason."""
 
     throughput: float = 0.0
     batches: Sequence[tuple[int, float]] = ()
     status: str = "OK"
     metrics: Mapping[str, float] = field(default_factory=dict)  # further ones, such as quality and memory
+    error: str = ""
 
 
 @dataclass
@@ -172,7 +173,7 @@ class Replay:
     def _draw(self, configuration: Configuration, probe: Probe, rng: np.random.Generator) -> Outcome:
         cell, mine = self._grid.cells[configuration], self._grid.batching[configuration]
         if cell.status != "OK":
-            return Outcome(cell.status, error="as measured in the grid")
+            return Outcome(cell.status, error=cell.error)
         slower = math.exp(rng.normal(0.0, SPREAD))
         if probe.rate is None:
             some = [cell.batches[i] for i in rng.integers(0, len(cell.batches), 16)]
@@ -194,7 +195,7 @@ class Replay:
 
 @dataclass
 class Run:
-    """One replayed search: the regret of its best after each cell, and what it calls feasible and is not.
+    """One replayed search: the regret of its best after each cell, and what it certified.
 
     by_round: the regret after each round of cells beside each other.
     """
@@ -203,7 +204,12 @@ class Run:
     by_round: list[float]
     cells: int
     final: float | None  # regret of what was certified; None: nothing was
-    false_feasible: bool
+    claim: float | None  # the certified rate, as a share of the true one of its configuration
+
+    @property
+    def false_feasible(self) -> bool:
+        """True if the certified rate is above the true one, by however little."""
+        return self.claim is not None and self.claim > 1
 
 
 def replay(
@@ -236,8 +242,7 @@ def replay(
     spent, rounds = evaluator.used, evaluator.rounds
     evaluator.allow(CERTIFYING)
     certificate = certify(knowledge, evaluator, progress) if goal.runs else None
-    claimed = 0.0 if certificate is None else rates.rate_of(certificate.step)
-    true = 0.0 if certificate is None else truths[certificate.trial.configuration]
-    # Two steps: the truth of a run that is slower than the mean by chance is a step or two lower.
-    final = None if certificate is None else 1 - true / best
-    return Run(regret, by_round[:rounds], spent, final, claimed > true * rates.RATIO**2)
+    if certificate is None:
+        return Run(regret, by_round[:rounds], spent, None, None)
+    claimed, true = carried(certificate.step, certificate.together), truths[certificate.trial.configuration]
+    return Run(regret, by_round[:rounds], spent, 1 - true / best, claimed / true if true else math.inf)

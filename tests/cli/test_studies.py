@@ -195,7 +195,10 @@ def test_hits_are_timed_in_the_state_of_their_case(program: Any, tmp_path: Path,
     assert rows[5]["copied_ms"] > 0
 
 
-def test_a_grid_that_is_kept_gives_the_replays_of_its_cells(program: Any, tmp_path: Path, capsys: Capture) -> None:
+def test_a_grid_and_its_replays_are_kept_with_their_charts(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("GRBENCH_GIT_SHA", "a" * 40)
     cells = tmp_path / "cells"
     cells.mkdir()
     for batch, wait in itertools.product((4, 8, 16), (0, 2)):
@@ -203,17 +206,50 @@ def test_a_grid_that_is_kept_gives_the_replays_of_its_cells(program: Any, tmp_pa
         status = records.Status.OOM if batch == 16 and wait == 0 else records.Status.OK
         write_cell(cells / f"{batch}-{wait}", "scenario.name=offline", *words, status=status, scale=1 / batch)
     few = ["--seeds", "1", "--most", "1", "--places", "1"]
-    first, again = tmp_path / "first", tmp_path / "again"
+    first, again, reports = tmp_path / "first", tmp_path / "again", tmp_path / "reports"
     rows = rows_of(program("tune_regret"), first, capsys, "--grid", str(cells), *few)
-    assert rows_of(program("tune_regret"), again, capsys, "--grid", str(first / "grid"), *few) == rows
     assert len(rows) > 1 and all(0 <= row["40%"] <= 1 for row in rows)
+    assert all(row["15% within 5%"] in ("0 of 1", "1 of 1") for row in rows)
+    certified = [row for row in rows if row["certified"] == "1 of 1"]
+    assert certified and all(row["false_feasible"] == (row["highest_claim"] > 1) for row in certified)
+    assert (first / "regret.html").read_text().count('id="figure_') == 2
     kept = results.load(first / "grid" / results.RESULTS_FILE)
-    assert results.load(again / "grid" / results.RESULTS_FILE)["rows"] == kept["rows"]
     assert kept["environment"]["cpu"] == "Some CPU"  # of the cells, and not of the replays
     assert [row["status"] for row in kept["rows"]].count("OOM") == 1 and len(kept["rows"]) == 6
+
+    def page_of(name: str, source: Path) -> str:
+        (reports / name).mkdir(parents=True)
+        (reports / name / "notes.md").write_text(f"# The {name} of a search\n")
+        assert cli.main(["reports", name, "--root", str(reports), "--keep", str(source)]) == 0
+        assert cli.main(["reports", name, "--root", str(reports), "--check"]) == 0
+        return (reports / name / "README.md").read_text()
+
+    page = page_of("grid", first / "grid")
+    assert "### Best rate within latency_ms.p99=80\n\n| requests/s, by max_batch | 4 | 8 | 16 |\n" in page
+    assert "- OOM: what OOM means here (" in page and "`make reports` draws `figures/grid_flips.png`." in page
+    again_rows = rows_of(program("tune_regret"), again, capsys, "--grid", str(reports / "grid/records/grid"), *few)
+    assert again_rows == rows
+    assert not (again / "grid").exists()  # it is kept where it was read
+    page = page_of("regret", again)
+    assert "`make reports` draws `figures/regret_regret.png`." in page and "| grbench |" in page
+    figures = [path for path in reports.rglob("figures/*") if path.read_bytes().startswith(b"\x89PNG")]
+    assert sorted(path.name for path in figures) == ["grid_flips.png", "regret_regret.png"]
+    file = reports / "regret" / "records" / "regret" / results.RESULTS_FILE
+    file.write_text(file.read_text().replace('"series"', '"lines"'))
+    assert cli.main(["reports", "regret", "--root", str(reports)]) == 2
+    assert "results.json: charts: not those of a program in experiments/" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         program("tune_regret").main(["--grid", str(first), *few])
     assert "results.json: no grid, as 'batches' is missing" in capsys.readouterr().err
+
+
+def test_a_grid_is_of_one_commit(program: Any, tmp_path: Path, capsys: Capture) -> None:
+    for batch, commit in ((4, "a" * 40), (8, "b" * 40)):
+        words = ["scenario.name=offline", f"scenario.max_batch={batch}"]
+        write_cell(tmp_path / str(batch), *words, environment={"git_sha": commit, "cpu": "Some CPU", "gpus": []})
+    with pytest.raises(SystemExit):
+        program("tune_regret").main(["--grid", str(tmp_path)])
+    assert f"cells of commit {'a' * 12}, Some CPU, no GPU and of commit {'b' * 12}" in capsys.readouterr().err
 
 
 def test_hits_are_timed_in_each_tier(program: Any, tmp_path: Path, capsys: Capture) -> None:
