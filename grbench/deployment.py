@@ -139,6 +139,13 @@ class Deployment:
                     f"{source}: {key}: the workload differs from that of strategy {next(iter(specs))}, and one "
                     "deployment has one catalogue; give both the same workload options"
                 )
+            first = next(iter(specs.values()), spec)
+            if spec.task != "generate" and spec.ranking_model.tasks != first.ranking_model.tasks:
+                own, common = (f"model.tasks=[{','.join(one.ranking_model.tasks)}]" for one in (spec, first))
+                raise ConfigError(
+                    f"{source}: {key}: {own} differs from that of strategy {next(iter(specs))}, and the scores of one "
+                    f"deployment have the same columns; give both '{common}'"
+                )
             specs[strategy.name] = spec
         return specs
 

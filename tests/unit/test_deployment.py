@@ -90,6 +90,7 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, content: Any, words
         (["engine=hf"], "strategies[1].overrides: task=rank: engine hf can't"),
         (["engine=hstu", "scenario.max_batch=0"], "scenario.max_batch=0: allowed is int >= 1"),
         (["engine=hstu", "workload=synthetic"], "the workload differs from that of strategy a"),
+        (["engine=hstu", "model.tasks=[liked]"], "model.tasks=[liked] differs from that of strategy a"),
     ],
 )
 def test_wrong_overrides_name_the_strategy(overrides: list[str], words: str) -> None:
