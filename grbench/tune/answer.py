@@ -279,14 +279,16 @@ def _too_small(knowledge: Knowledge) -> str:
 def correlations(knowledge: Knowledge) -> list[tuple[str, int, float]]:
     """Return the rank correlation of each lower fidelity with what probes at rates found: name, pairs, coefficient.
 
-    pairs: those that the fidelity puts in an order.
+    pairs: those that the fidelity puts in an order. The time of batches is that of the engine's whole stack, without
+    the queue; an engine that batches by itself has none.
 
     It is Goodman and Kruskal's gamma over the pairs of configurations whose order probes at rates decide: one kept the
     limits where the other did not. 1: all pairs are in the same order; -1: all in the opposite one.
     """
     known = [t for t in knowledge.trials if t.offline is not None and t.predicted is not None]
     pairs = [(one, other) for one, other in itertools.permutations(known, 2) if _above(one, other)]
-    fidelities: dict[str, Callable[[Trial], float]] = {
+    fidelities: dict[str, Callable[[Trial], float | None]] = {
+        "time of batches": _batch_rate,
         "offline throughput": lambda t: t.offline.metrics["throughput_rps"] if t.offline else 0.0,
         "simulated queue": lambda t: float(t.predicted or 0),
     }
@@ -294,9 +296,18 @@ def correlations(knowledge: Knowledge) -> list[tuple[str, int, float]]:
         fidelities = {"sizing": lambda t: -knowledge.operations[t.configuration], **fidelities}
     found = []
     for name, of in fidelities.items() if pairs else ():
-        signs = [1 if of(one) > of(other) else -1 for one, other in pairs if of(one) != of(other)]
+        values = [
+            (mine, its) for one, other in pairs if (mine := of(one)) is not None and (its := of(other)) is not None
+        ]
+        signs = [1 if mine > its else -1 for mine, its in values if mine != its]
         found.append((name, len(signs), sum(signs) / len(signs) if signs else 0.0))
     return found
+
+
+def _batch_rate(trial: Trial) -> float | None:
+    """Return the requests a second of the engine's time, from the times of its offline batches; None without them."""
+    batches = trial.offline.batches if trial.offline else ()
+    return sum(size for size, _ in batches) / sum(seconds for _, seconds in batches) if batches else None
 
 
 def _above(one: Trial, other: Trial) -> bool:

@@ -1114,9 +1114,11 @@ def test_rank_correlations_count_only_pairs_that_probes_at_rates_decide() -> Non
         search.note(trial, Probe(None, 512), Outcome("OK", {"throughput_rps": offline}))
         if p99:  # the first and the third keep the limit where the second does not
             search.note(trial, Probe(rate, 1000), outcome(p99, p99 - 1, p99 + 1))
-    assert answer.correlations(search) == [("offline throughput", 2, 1.0), ("simulated queue", 2, 1.0)]
-    search.trials[1].offline = Outcome("OK", {"throughput_rps": 280.0})
-    assert answer.correlations(search)[0] == ("offline throughput", 2, 0.0)
+    ordered = [("offline throughput", 2, 1.0), ("simulated queue", 2, 1.0)]
+    assert answer.correlations(search) == [("time of batches", 0, 0.0), *ordered]
+    search.trials[1].offline = Outcome("OK", {"throughput_rps": 280.0}, batches=[(8, 0.08), (4, 0.02)])  # 120 a second
+    search.trials[0].offline = Outcome("OK", {"throughput_rps": 300.0}, batches=[(8, 0.05), (4, 0.03)])  # 150 a second
+    assert answer.correlations(search)[:2] == [("time of batches", 1, 1.0), ("offline throughput", 2, 0.0)]
     search.operations = dict.fromkeys(ALL, 5.0)
     assert answer.correlations(search)[0] == ("sizing", 0, 0.0)
     search.operations[ALL[1]] = 6.0
