@@ -13,6 +13,7 @@ downloaded otherwise.
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -40,7 +41,7 @@ SASREC = [
     "training.patience=8", "training.validate_every=2",
 ]  # fmt: skip
 AMAZON = ("beauty", "sports", "toys")
-COMMON = ["task=generate", "tracking=none", "training.validation_users=3000"]
+GENERATE = ["task=generate", "training.validation_users=3000"]
 ITEMS = [
     "retrieval.levels=1", "workload.max_history=50", "model.max_positions=50", "model.scaling_seqlen=50",
     "model.embedding_dim=64", "model.layers=2", "model.heads=2", "model.qk_dim=32", "model.v_dim=32",
@@ -61,6 +62,12 @@ RANK = [
 TAUGHT = [  # by quality_search.py, with the generator by item vectors as teacher
     "retrieval.levels=2", "retrieval.codes=512", "model.embedding_dim=256", "model.qk_dim=64", "model.v_dim=64",
     "training.dropout=0.15", "training.epochs=50", "training.patience=12", "training.validation_users=3000",
+]  # fmt: skip
+RERANK = [  # of the shape of the generator by semantic IDs, whose items it ranks in study=gpu_candidates
+    "task=rank", "workload.max_history=20", "workload.num_candidates=128", "model.tasks=[rated]",
+    "model.max_positions=60", "model.scaling_seqlen=60", "model.embedding_dim=256", "model.layers=4", "model.heads=4",
+    "model.qk_dim=64", "model.v_dim=64", "training.batch=256", "training.rate=1e-3", "training.dropout=0.3",
+    "training.epochs=10", "training.minutes=3",
 ]  # fmt: skip
 KINDS = ("items", "ids", "sasrec", "rank")
 FIGURES = ("hr5", "hr10", "ndcg5", "ndcg10", "hr10_new", "ndcg10_new", "auc/rated", "auc/liked")
@@ -84,23 +91,25 @@ class Training:
 def chains(data: Path, seeds: int) -> Iterator[list[Training]]:
     """Yield the trainings of each data set and seed: item vectors, then semantic IDs from them."""
     for name in AMAZON:
-        source = ["workload=csv", f"workload.path={data / f'amazon_{name}.txt'}", *COMMON]
-        by_items = Training(name, "items", 0, [*source, *ITEMS, *CHOSEN])
-        yield [by_items, Training(name, "ids", 0, [*source, *IDS, *TAUGHT])]
+        source = ["tracking=none", "workload=csv", f"workload.path={data / f'amazon_{name}.txt'}"]
+        both = [*source, *GENERATE]
+        by_items = Training(name, "items", 0, [*both, *ITEMS, *CHOSEN])
+        yield [by_items, Training(name, "ids", 0, [*both, *IDS, *TAUGHT])]
         if name == "beauty":
-            yield [Training(name, "sasrec", 0, [*source, *SASREC])]
+            yield [Training(name, "sasrec", 0, [*both, *SASREC])]
+            yield [Training(name, "rank", 0, [*source, *RERANK])]
     file = data / "ml-100k.inter"
     source = (
         ["workload=recbole", f"workload.path={file}", "workload.sort=true"] if file.is_file() else ["workload=ml_100k"]
     )
     for seed in range(seeds):
-        both = [*source, *COMMON]
+        both = ["tracking=none", *source, *GENERATE]
         yield [
             Training("ml_100k", "items", seed, [*both, *ITEMS, *MOVIES]),
             Training("ml_100k", "ids", seed, [*both, *IDS, *MOVIES]),
         ]
         yield [Training("ml_100k", "sasrec", seed, [*both, *SASREC, *MOVIES])]
-        yield [Training("ml_100k", "rank", seed, [*both, *RANK])]
+        yield [Training("ml_100k", "rank", seed, ["tracking=none", *source, *RANK])]
 
 
 def run(chain: list[Training], out: Path, extra: Sequence[str]) -> list[tuple[Training, dict[str, Any] | None]]:
@@ -115,20 +124,29 @@ def run(chain: list[Training], out: Path, extra: Sequence[str]) -> list[tuple[Tr
             words.append(f"training.item_vectors={vectors}")
             if training.data in AMAZON:
                 words += [f"training.teacher={vectors}", "training.teacher_share=0.9"]
-        begun = time.perf_counter()
-        with (folder / "train.log").open("w") as log:
-            code = subprocess.run([sys.executable, "-m", "grbench", "train", *words], stdout=log, stderr=log).returncode
-        seconds = time.perf_counter() - begun
-        if code:
-            said = (folder / "train.log").read_text().strip().splitlines()
-            print(f"{training.name}: failed after {seconds:.0f} s: {said[-1] if said else 'no output'}", flush=True)
-            return [*done, (training, None)]
-        results = json.loads((folder / "results.json").read_text())
+        begun, command = time.perf_counter(), ["python", "-m", "grbench", "train", *words]
+        results = made(folder, command)
+        if results is None:
+            with (folder / "train.log").open("w") as log:
+                code = subprocess.run([sys.executable, *command[1:]], stdout=log, stderr=log).returncode
+            results = made(folder, command)
+            if code or results is None:
+                said = (folder / "train.log").read_text().strip().splitlines()
+                seconds = time.perf_counter() - begun
+                print(f"{training.name}: failed after {seconds:.0f} s: {said[-1] if said else 'no output'}", flush=True)
+                return [*done, (training, None)]
         done.append((training, results))
         test = results["test"]
         figures = ", ".join(f"{name} {test[name]:.4f}" for name in FIGURES if name in test)
-        print(f"{training.name}: {seconds:.0f} s, {figures}", flush=True)
+        print(f"{training.name}: {time.perf_counter() - begun:.0f} s, {figures}", flush=True)
     return done
+
+
+def made(folder: Path, command: Sequence[str]) -> dict[str, Any] | None:
+    """Return the results of a training that this command ended in the folder; None if there are none."""
+    file = folder / "results.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return results if results.get("command") == shlex.join(command) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

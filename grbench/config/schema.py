@@ -90,8 +90,8 @@ class GateConfig:
 class RetrievalConfig:
     """Options of the search, for tasks that generate: see docs/design/model.md."""
 
-    k: int = option(10, "items of an answer", ge=1, le=1000)
-    beam_width: int = option(32, "beams of a search, at least `k`", ge=1, le=1024)
+    k: int = option(10, "items of an answer", ge=1, le=2048)
+    beam_width: int = option(32, "beams of a search, at least `k`", ge=1, le=2048)
     levels: int = option(
         3, "codes of an item's semantic ID; 1: the code is the item, and its token an item vector", ge=1, le=8
     )

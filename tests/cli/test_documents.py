@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import beauty
 from helpers.cells import write_cell
 from helpers.checkout import ROOT, files
 
@@ -113,6 +114,7 @@ def check_all(pages: dict[tuple[str, ...], str]) -> None:
 
 def test_the_commands_of_the_documentation_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    beauty.stand_ins(tmp_path)
     pages = {words: page for page in PAGES for words in commands((ROOT / page).read_text())}
     assert len(pages) > 80 and {"deployment/README.md", "README.md", "docs/TUNING.md"} <= set(PAGES)
     check_all(pages)

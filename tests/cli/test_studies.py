@@ -16,13 +16,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import beauty
 from helpers.cells import write_cell
 from helpers.checkout import ROOT
 from helpers.command import Grbench
@@ -34,6 +35,9 @@ from grbench.config.compose import compose_jobs, compose_spec
 from grbench.config.schema import RunnerConfig
 from grbench.execution import records, results
 from grbench.kernelbench import config as kernelbench
+from grbench.report import group_cells
+from grbench.report.frame import read_cells
+from grbench.report.tradeoffs import tradeoffs
 from grengines.api import UnavailableError
 from grengines.tensorrt import library
 
@@ -62,7 +66,11 @@ def job(words: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m grbench ")])
-def test_every_value_of_a_study_composes_into_another_job(command: str) -> None:
+def test_every_value_of_a_study_composes_into_another_job(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    beauty.stand_ins(tmp_path)
     words = shlex.split(command)[3:]
     study = yaml.safe_load((EXPERIMENTS / "study" / f"{words[-1].removeprefix('study=')}.yaml").read_text())
     assert study["hydra"]["mode"] == "MULTIRUN"
@@ -132,6 +140,39 @@ def test_the_table_of_make_bench_has_the_hit_rate_beside_the_latency(grbench_for
     assert found[0] == found[1] > 0
     latency = heads.index("p50 ms") + len("p50 ms")
     assert float(cells["server"][:latency].split()[-1]) > 0
+
+
+def test_more_and_fewer_candidates_of_trained_models_are_compared(
+    program: Any, grbench_forked: Grbench, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainings of quality_gpu.py and then the study of candidates, both small. A second call trains nothing."""
+    starts = np.random.default_rng(0).integers(300, size=150)
+    lines = [" ".join(map(str, [u, *((s + np.arange(6 + u % 9)) % 300)])) for u, s in enumerate(starts)]
+    (tmp_path / "amazon_beauty.txt").write_text("\n".join(lines))
+    module, began = program("quality_gpu"), list[str]()
+
+    def trained(words: list[str], **_: Any) -> Any:
+        began.append(words[-1])
+        return SimpleNamespace(returncode=cli.main(words[3:]))
+
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=trained))  # in this process, which has imported it
+    small = [*(f"model.{name}=16" for name in ("embedding_dim", "qk_dim", "v_dim")), "model.layers=1", "model.heads=1"]
+    words = [*small, "training.epochs=1", "training.batch=32", "held_out=32", "--parallel", "1", "--only", "beauty"]
+    words += ["--data", str(tmp_path), "--kinds", "items,ids,rank", "--out", str(tmp_path / "outputs" / "quality")]
+    for _ in range(2):
+        assert module.main(words) == 0
+        assert len(began) == 3, capsys.readouterr()
+
+    load = ["workload.path=amazon_beauty.txt", "scenario.queries=20", "warmup_batches=1", "gate.measured=1"]
+    done = grbench_forked("study=gpu_candidates", *small, *load, "retrieval.k=60,20", "tracking=none")
+    assert done.returncode == 0, done.stderr
+    cells = read_cells([tmp_path / "outputs" / "studies"])
+    [found] = tradeoffs([row for group in group_cells(cells) for row in group.rows])
+    assert found.axis.title == "Candidates scored" and found.text(found.base) == "60"
+    assert [found.text(point) for point in found.points] == ["20", "60"]
+    for point in found.points:
+        hits = point.quality("hr10").value * 150  # of all users
+        assert hits == pytest.approx(round(hits)) and point.server is not None
 
 
 def test_every_study_and_program_has_a_command() -> None:
