@@ -149,8 +149,8 @@ class LiveEvaluator:
         return {(configuration, probe.seed) for configuration, probe in wanted if keep}
 
     def _not_earlier(self, wanted: Sequence[Wanted]) -> list[Wanted]:
-        """Return the probes that were not measured, and that no earlier run that certifies answers."""
-        return [its for its in wanted if its not in self._measured and self._earlier_certifying(*its) is None]
+        """Return the probes that no earlier run that certifies answers."""
+        return [its for its in wanted if self._earlier_certifying(*its) is None]
 
     def budget_for(self, wanted: Sequence[Wanted]) -> str:
         wanted = self._not_earlier(wanted)
@@ -166,7 +166,7 @@ class LiveEvaluator:
 
     def rest_s(self, certifying: Sequence[Wanted]) -> float:
         """Return the seconds until the budget ends, or these runs that are still to certify if they pass it."""
-        runs = self._not_earlier(certifying)
+        runs = [its for its in self._not_earlier(certifying) if its not in self._measured]
         runs_s, budget = self._seconds(runs), self._declared.budget
         if budget.cells is None:
             return max((budget.seconds or 0.0) - self.used, runs_s)

@@ -130,7 +130,7 @@ class Evaluator(Protocol):
     def share(self, wanted: Sequence[Wanted]) -> float:
         """Return the share of the whole budget that probes take beside each other, as far as is known.
 
-        Runs of earlier searches take none.
+        Runs of earlier searches take none. A probe of this search counts, because it stands for others like it.
         """
 
     def saving(self, configuration: Configuration) -> float:

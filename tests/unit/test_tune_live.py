@@ -235,6 +235,7 @@ def test_the_time_left_is_that_of_the_budget_and_of_what_still_certifies(
         measures = evaluator(Timed(tmp_path / budget, found), tmp_path / "none", f"budget={budget}")
         for configuration in WINDOWS:
             measures.evaluate(configuration, OFFLINE)
+        assert measures.share([(configuration, OFFLINE)]) > 0  # it says what others like it take
         assert measures.rest_s([]) == pytest.approx(rest_s, abs=8)
         assert measures.rest_s(runs) == pytest.approx(with_runs_s, abs=30)
         measures.evaluate(*runs[0])
