@@ -67,7 +67,7 @@ RERANK = [  # of the shape of the generator by semantic IDs, whose items it rank
     "task=rank", "workload.max_history=20", "workload.num_candidates=128", "model.tasks=[rated]",
     "model.max_positions=60", "model.scaling_seqlen=60", "model.embedding_dim=256", "model.layers=4", "model.heads=4",
     "model.qk_dim=64", "model.v_dim=64", "training.batch=256", "training.rate=1e-3", "training.dropout=0.3",
-    "training.epochs=10", "training.minutes=3",
+    "training.epochs=10", "training.minutes=3", "held_out=4000",  # enough to choose the epoch by
 ]  # fmt: skip
 KINDS = ("items", "ids", "sasrec", "rank")
 FIGURES = ("hr5", "hr10", "ndcg5", "ndcg10", "hr10_new", "ndcg10_new", "auc/rated", "auc/liked")
