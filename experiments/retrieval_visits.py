@@ -20,6 +20,7 @@ import numpy as np
 
 from grbench.config.schema import RunSpec
 from grbench.gate.generate import GenerateGate
+from grbench.gate.rank import stored_precision
 from grengines.api import Catalogue, Request, Retrieval
 from grengines.models.decoder.config import DecoderConfig
 from grengines.semantic.ids import SemanticIds
@@ -54,7 +55,9 @@ def measure(rows: common.Rows, spec: RunSpec, ids: SemanticIds, history: int, ar
         return
     try:
         actual = engine.actual()
-        gate = GenerateGate(spec, catalogue, sample, retrieval, actual["device"], actual["precision"])
+        gate = GenerateGate(
+            spec, catalogue, sample, retrieval, actual["device"], actual["precision"], stored_precision(actual)
+        )
         found = gate.check(engine, count)
         facts = {"error": found.error, "allowed": found.tolerance, "overlap": found.overlap}
         for batch in args.batches:

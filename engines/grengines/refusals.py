@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from grengines.cache.config import CacheConfig, PagedCacheConfig
+from grengines.cache.config import CacheConfig, PagedCacheConfig, stored
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
 from grengines.options import GraphOptions
@@ -29,7 +29,8 @@ class Asked:
 def cache_of_ranking(asked: Asked) -> str | None:
     """Return None, or why an engine that generates can't have the cache."""
     if isinstance(asked.cache, PagedCacheConfig) or asked.cache.item_memory_gb:
-        return f"cache={asked.cache.name}: the cache group serves ranking only; set cache=none"
+        pages = "; engine=vllm has engine.kv_cache_precision for its pages" if stored(asked.cache) else ""
+        return f"cache={asked.cache.name}: the cache group serves ranking only; set cache=none{pages}"
     return None
 
 

@@ -22,9 +22,10 @@ def gate_for(
     actual: what the engine reports; its device and precision are used. keeps: whether the reference's answers are kept
     for another measurement of the same requests.
     """
-    if retrieval is None:
-        from grbench.gate.rank import RankGate, fallback_precisions, has_fp8_attention, stored_precision
+    from grbench.gate.rank import RankGate, fallback_precisions, has_fp8_attention, stored_precision
 
+    stored = stored_precision(actual)
+    if retrieval is None:
         return RankGate(
             spec,
             trace.catalogue,
@@ -32,14 +33,16 @@ def gate_for(
             actual["device"],
             actual["precision"],
             fallback_precisions(actual),
-            stored_precision(actual),
+            stored,
             has_fp8_attention(actual),
             keeps,
         )
     if spec.task == "generate":
         from grbench.gate.generate import GenerateGate
 
-        return GenerateGate(spec, trace.catalogue, trace.requests, retrieval, actual["device"], actual["precision"])
+        return GenerateGate(
+            spec, trace.catalogue, trace.requests, retrieval, actual["device"], actual["precision"], stored
+        )
     from grbench.gate.pipeline import PipelineGate
 
     return PipelineGate(spec, trace, retrieval, actual, keeps)

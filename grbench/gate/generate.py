@@ -23,12 +23,12 @@ from grbench.gate.measured import Answer, Verdict
 from grengines import registry
 from grengines.api import Catalogue, Float32Array, Generator, Int64Array, Request, Retrieval
 from grengines.models.reference import GenerationReference
-from grengines.numerics import allowed_error, require_plausible
+from grengines.numerics import UNIT, allowed_error, require_plausible
 from grengines.semantic.search import Beams
 
 # Sums of three log-probabilities of size up to some tens, in another order: some tens of ulp.
 SCORE_FLOOR = 1e-4
-OVERLAP = 0.95  # least share of the k best items in half precision, of all answers; in fp32 all
+OVERLAP = 0.95  # least share of the k best items in half precision or 8 bits, of all answers; in fp32 all
 OVERLAP_OF_ONE = 0.5  # of one answer
 PROBES = 32  # best items of a request at which the error of rounding is measured
 
@@ -82,8 +82,12 @@ class GenerateGate:
         retrieval: Retrieval,
         device: str,
         precision: str,
+        stored: str = "",
     ) -> None:
-        self._spec, self._requests, self._retrieval, self._precision = spec, requests, retrieval, precision
+        """Find them. stored: int8 or fp8, if the engine keeps prompts in 8 bits: rounding them is then allowed."""
+        self._spec, self._requests, self._retrieval = spec, requests, retrieval
+        self._precision, self._stored = precision, stored
+        self._exactly = precision == "fp32" and not stored
         self.sample = sample(requests, spec.gate.requests, spec.seed)
         self.form = Form(None, retrieval.k, catalogue.num_items)
         self.reference = registry.reference(spec.model, spec.seed, retrieval, device)
@@ -92,7 +96,8 @@ class GenerateGate:
         self._rounding_error = _largest(rounded)
         # Norms, as of a ranker's scores: the largest of many differences says less about the precision.
         size = max(_mean_square(np.concatenate([e.scores for e in self._expected])), 1.0)
-        require_plausible((_mean_square(rounded) / size) ** 0.5, precision, spec.model.layers)
+        coarsest = max(precision, stored or precision, key=UNIT.__getitem__)
+        require_plausible((_mean_square(rounded) / size) ** 0.5, coarsest, spec.model.layers)
         blind = _answers(self.reference.search(self.sample, blind=True))
         self._zero_error = _largest(self._errors(self.sample, blind))
         self.tolerance = self._allowed(self._rounding_error)
@@ -137,7 +142,7 @@ class GenerateGate:
         findings = [self._compare(e, r, *a) for e, r, a in zip(expected, requests, answers, strict=True)]
         verdicts = [Verdict(f.error, self.tolerance, f.problem) for f in findings]
         for i, finding in enumerate(findings):
-            if self._precision == "fp32" or finding.error <= self.tolerance:
+            if self._exactly or finding.error <= self.tolerance:
                 continue
             own = self._allowed(_largest(self._rounded([requests[i]])))
             again = self._compare(expected[i], requests[i], *answers[i], tolerance=max(own, self.tolerance))
@@ -155,9 +160,10 @@ class GenerateGate:
         ]
 
     def _rounded(self, requests: Sequence[Request]) -> Float32Array:
-        """Return the errors of the reference's own scores, rounded to the engine's precision."""
+        """Return the errors of the reference's own scores, rounded as the engine rounds."""
         wide, many = max(self._retrieval.beam_width, PROBES), max(self._retrieval.k, PROBES)
-        return self._errors(requests, _answers(self.reference.search(requests, self._precision, width=wide, k=many)))
+        found = self.reference.search(requests, self._precision, stored=self._stored, width=wide, k=many)
+        return self._errors(requests, _answers(found))
 
     def _allowed(self, rounding_error: float) -> float:
         return allowed_error(rounding_error, self._spec.gate.max_error_ratio, SCORE_FLOOR)
@@ -192,7 +198,7 @@ class GenerateGate:
         if not len(items):
             return _Finding(None, 0.0)
         tolerance = tolerance or self.tolerance
-        tie, least = 2 * tolerance, 1.0 if self._precision == "fp32" else OVERLAP_OF_ONE
+        tie, least = 2 * tolerance, 1.0 if self._exactly else OVERLAP_OF_ONE
         exact = self._exact(expected, request, items)
         if scores is None:
             order = np.argsort(-exact, kind="stable")
@@ -228,7 +234,7 @@ class GenerateGate:
 
     def _too_few(self, findings: Sequence[_Finding]) -> str | None:
         """Return a problem if the answers together have too few of the expected items."""
-        found, least = float(np.mean([f.sure for f in findings])), 1.0 if self._precision == "fp32" else OVERLAP
+        found, least = float(np.mean([f.sure for f in findings])), 1.0 if self._exactly else OVERLAP
         return _share(found, least) if found < least else None
 
 

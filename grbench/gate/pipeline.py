@@ -41,7 +41,13 @@ class PipelineGate:
         first, second = actual["retrieve"], actual["rank"]
         self.form = Form(len(spec.ranking_model.tasks), retrieval.k, trace.catalogue.num_items)
         self._retrieve = GenerateGate(
-            spec, trace.catalogue, trace.requests, retrieval, first["device"], first["precision"]
+            spec,
+            trace.catalogue,
+            trace.requests,
+            retrieval,
+            first["device"],
+            first["precision"],
+            stored_precision(first),
         )
         requests = [as_many(r, retrieval.k) for r in trace.requests]
         self._rank = RankGate(

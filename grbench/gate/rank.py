@@ -153,7 +153,7 @@ def fallback_precisions(actual: Mapping[str, Any]) -> dict[str, str]:
 
 
 def stored_precision(actual: Mapping[str, Any]) -> str:
-    """Return int8 or fp8 if an engine that reports this keeps users' keys and values in 8 bits, else ""."""
+    """Return int8 or fp8 if an engine that reports this keeps keys and values in pages of 8 bits, else ""."""
     precision: str = actual.get("cache_precision", "")
     return precision if precision in EIGHT_BITS else ""
 

@@ -24,7 +24,7 @@ from grengines import registry
 
 WINDOW, AGE = "workload.max_history", "workload.stale_events"
 # Options of engine and cache: a plan or an ONNX file may be of 8 bits, and another engine answers as `fallback`.
-DECIDING = ("name", "precision", "calibration", "plan", "onnx", "fallback")
+DECIDING = ("name", "precision", "kv_cache_precision", "calibration", "plan", "onnx", "fallback")
 
 ALLOW = "gate.allow_loss=[fp16,bf16,int8,fp8]"  # the loss is what a record measures
 EVENTS = 4  # that an old state lacks, in a command
@@ -162,7 +162,8 @@ def _that_ran(record: RunRecord) -> dict[str, Any]:
 def _decisive(options: Mapping[str, Any]) -> Options:
     """Return the options that decide an answer's quality: no device, batch or memory, and of kernels fp8 alone.
 
-    A value that is null, false or zero counts as absent, because records may be older than the option.
+    A value that is null, false or zero, or pages as the engine computes, counts as absent, because records may be older
+    than the option.
     """
     found = {"cache.precision": "engine"}
     if (options.get("kernel.hstu_attention") or options.get("kernel")) == "fp8":  # the other variants are as exact
@@ -170,7 +171,8 @@ def _decisive(options: Mapping[str, Any]) -> Options:
     for key, value in options.items():
         group, own = key.partition(".")[0], key.rpartition(".")[2]
         decides = key == "engine" or (group in ("engine", "cache") and own in DECIDING)
-        if (decides or group in ("task", "model", "retrieval", "workload")) and value not in (None, False, 0, "", []):
+        nothing = value in (None, False, 0, "", []) or (own == "kv_cache_precision" and value == "engine")
+        if (decides or group in ("task", "model", "retrieval", "workload")) and not nothing:
             found[key] = shown(value)
     return found
 

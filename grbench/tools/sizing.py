@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +21,8 @@ from grengines.hstu.config import FP8_STEP, without_fp8
 from grengines.last_layer import LastLayer
 from grengines.models.decoder.config import DecoderConfig, too_few_rows
 from grengines.models.hstu.config import HSTUConfig
+from grengines.vllm.config import VLLMEngineConfig
+from grengines.vllm.config import stored as stored_by_vllm
 from grkernels.hstu_attention.spec import BYTES, visible_pairs
 from grkernels.hstu_attention.spec import flops as attention_flops
 
@@ -65,9 +68,14 @@ def _by_part(counts: Mapping[str, int]) -> dict[str, int]:
 
 def last_layer(spec: RunSpec, task: str) -> LastLayer | None:
     """Return the rows that the last layer of a cell's engine computes for rank or generate; None: not known here."""
-    stages = {stage_task: stage for stage, stage_task in registry.get(spec.engine.name).stages.items()}
-    engine = getattr(spec.engine, stages[task]) if task in stages else spec.engine
+    engine = _engine_of(spec, task)
     return registry.get(engine.name).last_layer(engine, task)
+
+
+def _engine_of(spec: RunSpec, task: str) -> Any:
+    """Return the options of the engine that does rank or generate."""
+    stages = {stage_task: stage for stage, stage_task in registry.get(spec.engine.name).stages.items()}
+    return getattr(spec.engine, stages[task]) if task in stages else spec.engine
 
 
 def flops(model: HSTUConfig, history: int, candidates: int, cached: int = 0, rows: LastLayer = LastLayer.HALF) -> float:
@@ -353,14 +361,15 @@ def _generating(console: Console, spec: RunSpec, catalogue: Catalogue, precision
     counts = generator_parameters(model, sizes)
     weights = sum(counts.values()) * BYTES[precision]
     _print_parameters(console, model.name, counts, weights, precision, catalogue.num_items)
-    rows = last_layer(spec, "generate") or LastLayer.EVERY
+    rows, engine = last_layer(spec, "generate") or LastLayer.EVERY, _engine_of(spec, "generate")
+    pages = stored_by_vllm(engine) if isinstance(engine, VLLMEngineConfig) else ""
     table = _table("items", "tokens", "beams", *COLUMNS)
     for history in _histories(min(spec.workload.max_history, model.max_positions // levels)):
         tokens = prompt_tokens(model, history, levels)
         total, cached = (search_flops(model, history, sizes, width, done, rows) for done in (0, tokens))
         every = search_flops(model, history, sizes, width)
         attention = search_attention(model, history, sizes, width, rows)
-        kv = kv_bytes(model, tokens, precision)
+        kv = kv_bytes(model, tokens, pages or precision)
         _add_row(table, [history, tokens, width], total, attention, every, cached, kv, memory - weights)
     console.print(table)
     _print_units(console, "search", memory)

@@ -46,6 +46,7 @@ FIRST_SHARE, FIRST_SHORTEST_S = 0.2, 45.0
 GRACE = 0.05
 KNOWN_FAILURES = (Status.OOM, Status.INCORRECT, Status.UNAVAILABLE, Status.STOPPED)  # as good as a measurement
 PROBED_ANSWERS = 32  # of a probe that are compared with the reference; a run that certifies compares gate.measured
+ROUNDING = ("name", "precision", "kv_cache_precision")  # options of an engine that decide its answers
 LOSSY = "[fp16,bf16,int8,fp8]"
 VALID = "loadgen_valid"  # metric: LoadGen's verdict by the limit of the cell
 STARTED = "step_s/start"  # metric of a cell that built its engine
@@ -552,12 +553,12 @@ def _quality_class(spec: RunSpec) -> str:
     """
     engine = dataclasses.asdict(spec.engine)  # type: ignore[call-overload]
     stages = {
-        name: {"name": part["name"], "precision": part.get("precision")}
+        name: {option: part.get(option) for option in ROUNDING}
         for name, part in engine.items()
         if isinstance(part, dict)
     }
     parts = {
-        "engine": {"name": engine["name"], "precision": engine.get("precision"), **stages},
+        "engine": {**{option: engine.get(option) for option in ROUNDING}, **stages},
         "kernel": dataclasses.asdict(spec.kernel),
         "model": dataclasses.asdict(spec.model),
         "retrieval": dataclasses.asdict(spec.retrieval) if spec.retrieval else None,

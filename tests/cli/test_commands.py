@@ -224,6 +224,15 @@ def test_the_share_of_attention_leaves_out_what_the_last_layer_does_not_compute(
     assert 0.999 < share + rest < 1
 
 
+def test_sizing_of_pages_in_vllm(grbench_here: Grbench) -> None:
+    """A key of 128 numbers takes 256 bytes in bf16, and 132 with its scale."""
+    pages = {}
+    for stored in ("engine", "fp8"):
+        done = grbench_here("sizing", "engine=vllm", "model=hstu_0p2b", f"engine.kv_cache_precision={stored}")
+        pages[stored] = float(re.findall(r"^ +512 .* (\S+) +\S+$", done.stdout, re.MULTILINE)[0])
+    assert pages == {"engine": 72.0, "fp8": pytest.approx(72 * 132 / 256, abs=0.01)}
+
+
 def test_sizing_of_a_pipeline_lists_both_stages(grbench_here: Grbench) -> None:
     done = grbench_here("sizing")
     assert done.returncode == 0, done.stderr

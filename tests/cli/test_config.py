@@ -458,6 +458,15 @@ REFUSED = [  # what the worker refused before: overrides, and the refusal
     ("engine=vllm engine.device=cpu engine.cuda_graphs=true", "engine.cuda_graphs=true and engine.device=cpu: a CPU"),
     ("engine=vllm engine.block_size=48", "engine.block_size=48: must be a power of two"),
     (
+        "engine=vllm model=decoder_tiny engine.kv_cache_precision=fp8",
+        "engine.kv_cache_precision=fp8 and model=decoder_tiny: the attention of decoders reads no scales of pages; set "
+        "engine.kv_cache_precision=engine, or a model of HSTU",
+    ),
+    (
+        "engine=vllm cache=lru cache.precision=fp8",
+        "cache=lru: the cache group serves ranking only; set cache=none; engine=vllm has engine.kv_cache_precision",
+    ),
+    (
         "engine=vllm engine.max_num_batched_tokens=1 engine.chunked_prefill=false",
         "engine.max_num_batched_tokens=1 and engine.chunked_prefill=false: a step holds a whole search, so "
         "the least value is 2, and more for longer prompts; set it to 0, or engine.chunked_prefill=true",

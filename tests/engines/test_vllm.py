@@ -38,6 +38,7 @@ from helpers.vllm_engines import (
     freeze_imports,
     frozen_imports,
     gpu_engine,
+    in_pages,
     request_of,
     requests_of,
 )
@@ -126,7 +127,7 @@ class TestOneEngine:
         with pytest.raises(AssertionError):
             expect_equal(engine.generate(REQUESTS), expected)
         monkeypatch.undo()
-        monkeypatch.setattr(model.operators, "paged_write", lambda *_: None)
+        monkeypatch.setattr(model.operators, "paged_write", lambda *_, **__: None)
         engine.reset_cache()
         with pytest.raises(AssertionError):
             expect_equal(engine.generate(REQUESTS), expected)
@@ -464,36 +465,61 @@ def test_doctor_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("kernel", "precision", "graphs"),
+    ("kernel", "precision", "graphs", "stored"),
     [
-        ("torch", "fp32", ""),
-        ("triton", "bf16", ""),
-        ("triton", "bf16", "FULL"),
-        ("cutlass", "bf16", ""),
-        ("cutlass", "bf16", "FULL"),
-        ("torch", "bf16", "PIECEWISE"),
+        ("torch", "fp32", "", ""),
+        ("triton", "bf16", "", ""),
+        ("triton", "bf16", "FULL", ""),
+        ("cutlass", "bf16", "", ""),
+        ("cutlass", "bf16", "FULL", ""),
+        ("torch", "bf16", "PIECEWISE", ""),
+        ("torch", "fp32", "", "fp8"),
+        ("triton", "fp16", "", "fp8"),
+        *((kernel, "bf16", "FULL", stored) for kernel in ("triton", "cutlass") for stored in ("int8", "fp8")),
+        ("cutlass", "bf16", "", "fp8"),
+        ("torch", "bf16", "PIECEWISE", "fp8"),
     ],
 )
-def test_on_a_gpu(kernel: str, precision: str, graphs: str) -> None:
+def test_on_a_gpu(kernel: str, precision: str, graphs: str, stored: str) -> None:
     """Answers are correct when cold, from the prefix cache, and when requests join between steps."""
     retrieval = dataclasses.replace(RETRIEVAL, beam_width=64)
     reference = HSTUReference(GPU_MODEL, 3, retrieval, "cuda")
     expected = reference.search(GPU_REQUESTS)
     engine = gpu_engine(
-        kernel, precision=precision, cuda_graphs=bool(graphs), graph_tokens=[16, 64, 128, 256, 512] if graphs else []
+        kernel,
+        precision=precision,
+        kv_cache_precision=stored or "engine",
+        cuda_graphs=bool(graphs),
+        graph_tokens=[16, 64, 128, 256, 512] if graphs else [],
     )
     try:
         actual = engine.actual()
         assert actual["attention_backend"] == "HSTUAttentionBackend" and actual["device"] == "cuda"
         assert actual["cuda_graphs"] == (graphs or "NONE")
-        tolerance = allowed(reference, precision)
+        assert actual["cache_precision"] == (stored or precision)
+        tolerance = allowed(reference, precision, stored)
         expect_near(engine.generate(GPU_REQUESTS), expected, reference, tolerance)
         warm = engine.generate(GPU_REQUESTS)
         assert warm.details["prefix_hit_tokens"] > 3000
         expect_near(warm, expected, reference, tolerance)
         expect_mixed(engine, reference, tolerance)
+        if stored:
+            in_pages(engine, lambda pages: pages["v_scales"].mul_(2))
+            with pytest.raises(AssertionError):
+                expect_near(engine.generate(GPU_REQUESTS), expected, reference, tolerance)
     finally:
         engine.close()
+
+
+@pytest.mark.gpu
+def test_a_gpu_has_pages_for_nearly_twice_the_tokens_in_8_bits() -> None:
+    """In heads of 64 numbers a key takes 128 bytes in bf16, and 68 with its scale in fp8."""
+    pages = {}
+    for stored in ("engine", "fp8"):
+        engine = gpu_engine("triton", precision="bf16", kv_cache_precision=stored)
+        pages[stored] = engine.actual()["kv_blocks"]
+        engine.close()
+    assert pages["fp8"] / pages["engine"] == pytest.approx(128 / 68, rel=0.01)
 
 
 @pytest.mark.gpu

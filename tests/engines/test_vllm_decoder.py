@@ -163,7 +163,7 @@ class TestOneEngine:
             monkeypatch.setattr(operators, "beam_attention", wrong)
             failing(engine, expected)
         monkeypatch.undo()
-        monkeypatch.setattr(operators, "paged_write", lambda *_: None)
+        monkeypatch.setattr(operators, "paged_write", lambda *_, **__: None)
         failing(engine, expected)
         monkeypatch.undo()
         model = engine.core.model.model

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from grengines.api import Catalogue, GenerateResult, Request, Retrieval, Setup
 from grengines.cache.config import CacheConfig
@@ -75,11 +77,14 @@ REQUESTS = requests_of()
 
 
 def engine_of(
-    sample: Sequence[Request] = REQUESTS, model: Any = MODEL, retrieval: Retrieval = RETRIEVAL, **options: Any
+    sample: Sequence[Request] = REQUESTS,
+    model: Any = MODEL,
+    retrieval: Retrieval = RETRIEVAL,
+    kernel: str = "torch",
+    **options: Any,
 ) -> VLLMEngine:
     config = VLLMEngineConfig(**{"kv_cache_gb": 0.02, "block_size": 16, "max_num_seqs": 64, **options})
-    kernels = requested("torch")
-    engine = VLLMEngine(config, Setup(model, kernels, CATALOGUE, 3, CacheConfig(), retrieval))
+    engine = VLLMEngine(config, Setup(model, requested(kernel), CATALOGUE, 3, CacheConfig(), retrieval))
     engine.prepare(sample, 4)
     return engine
 
@@ -105,6 +110,16 @@ def gpu_engine(kernel: str, model: Any = GPU_MODEL, **options: Any) -> VLLMEngin
     return engine
 
 
+def in_pages(engine: VLLMEngine, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Change what the pages of every layer hold. They come as arguments of paged_write."""
+    from grengines.vllm.model import LayerPages
+
+    pages = LayerPages(engine.core.model.attention)
+    with torch.inference_mode():
+        for i in range(len(engine.core.model.attention)):
+            change(pages.layer(i))
+
+
 def expect_near(found: GenerateResult, expected: Beams, reference: Any, tolerance: float) -> None:
     """The best item or a near-tie of it, every item that is above the cut by more than a tie, and scores."""
     tie = 2 * tolerance
@@ -115,12 +130,15 @@ def expect_near(found: GenerateResult, expected: Beams, reference: Any, toleranc
         np.testing.assert_allclose(scores, reference.prefix_scores(GPU_REQUESTS[i], ours)[:, -1], atol=tolerance)
 
 
-def allowed(reference: Any, precision: str) -> float:
-    """Return the gate's tolerance: twice the error of eager PyTorch in the same precision, over more items than k."""
-    eager = reference.search(GPU_REQUESTS, precision, width=64, k=32)
+def allowed(reference: Any, precision: str, stored: str = "") -> float:
+    """Return the gate's tolerance: twice the error of eager PyTorch in the same precision, over more items than k.
+
+    stored: int8 or fp8 for pages in 8 bits.
+    """
+    eager = reference.search(GPU_REQUESTS, precision, stored=stored, width=64, k=32)
     exact = [reference.prefix_scores(r, items)[:, -1] for r, items in zip(GPU_REQUESTS, eager.items, strict=True)]
     tolerance = max(2 * float(np.abs(eager.scores - np.stack(exact)).max()), CLOSE)
-    assert tolerance < 2  # log-probabilities of other requests differ by some tens
+    assert tolerance < 2.5  # log-probabilities of other requests differ by some tens
     return tolerance
 
 

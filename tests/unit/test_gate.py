@@ -158,7 +158,7 @@ def test_every_answer_is_judged_by_what_rounding_costs_it(monkeypatch: pytest.Mo
     monkeypatch.setattr(GenerateGate, "_allowed", lambda gate, error: error)
     monkeypatch.setattr(GenerateGate, "_compare", compare)
     gate: Any = GenerateGate.__new__(GenerateGate)
-    gate._precision, gate.tolerance = "bf16", 1.0
+    gate._exactly, gate.tolerance = False, 1.0
     verdicts = gate.judge_items(range(4), [(None, None)] * 4)
     assert [v.problem for v in verdicts] == ["wrong", None, None, "wrong"]
     assert [v.tolerance for v in verdicts] == [1.0, 1.0, 4.0, 1.0]

@@ -147,6 +147,15 @@ def test_a_step_without_a_record_is_refused(step: Step, changes: dict[str, Any],
     assert "type the loss into the file" in message and "\n" not in message
 
 
+def test_pages_of_vllm_in_8_bits_decide_quality() -> None:
+    """Records from before the option have pages as the engine computes."""
+    new, eight = (
+        losses._decisive(options_of_spec(compose_spec(["engine=vllm", f"engine.kv_cache_precision={stored}"])[0]))
+        for stored in ("engine", "fp8")
+    )
+    assert eight == {**new, "engine.kv_cache_precision": "fp8"} and "engine.kv_cache_precision" not in new
+
+
 def test_a_precision_auto_is_what_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The records asked for fp32, or for auto, and fp32 ran: it is auto on a CPU, and bf16 is auto on a GPU."""
     step, auto = Step("short", max_history=8), {"engine__precision": "auto"}

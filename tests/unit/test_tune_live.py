@@ -443,3 +443,10 @@ def test_a_run_that_certified_under_another_limit_is_not_measured_again(
     for other in ({"requests": 13_000}, {"seed": 102}, {"rate": 103.0}):
         assert measures.share([(DEFAULT, dataclasses.replace(sure, **other))]) > 1
     assert measures.share([(WINDOW, sure)]) > 1
+
+
+def test_pages_of_vllm_in_8_bits_have_other_answers() -> None:
+    """The load plays no part."""
+    words = ([], ["scenario.max_batch=3"], ["engine.kv_cache_precision=int8"], ["engine.kv_cache_precision=fp8"])
+    usual, other_load, *eight = (live._quality_class(compose_spec(["engine=vllm", *its])[0]) for its in words)
+    assert usual == other_load and len({usual, *eight}) == 3

@@ -36,17 +36,19 @@ class GenerationReference(ABC, Generic[Model]):
         requests: Sequence[Request],
         precision: str = "fp32",
         *,
+        stored: str = "",
         blind: bool = False,
         width: int | None = None,
         k: int | None = None,
     ) -> Beams:
         """Return the k best items of each request.
 
-        precision: of the weights and all products. blind: attention returns zeros. width, k: instead of the configured
+        precision: of the weights and all products. stored: every row reads the prompt as pages in int8 or fp8 keep it,
+        as in prompts that were read token by token. blind: attention returns zeros. width, k: instead of the configured
         beam width and k.
         """
         width, k = width or self._retrieval.beam_width, k or self._retrieval.k
-        with self._variant(precision, blind) as model:
+        with self._variant(precision, stored, blind) as model:
             prompts = [self._prompt(request) for request in requests]
             found = [beams for group in _groups(prompts) for beams in self._search(model, group, width, k)]
         return Beams(*(np.concatenate([getattr(f, name) for f in found]) for name in ("items", "scores", "cuts")))
@@ -60,8 +62,8 @@ class GenerationReference(ABC, Generic[Model]):
         """Return the fp32 log-probability of each prefix of the codes of `items` (int64 [n]): float32 [n, levels]."""
 
     @abstractmethod
-    def _variant(self, precision: str, blind: bool) -> AbstractContextManager[Model]:
-        """Give the model in this precision, by eager PyTorch unless fp32; blind: with attention that returns zeros."""
+    def _variant(self, precision: str, stored: str, blind: bool) -> AbstractContextManager[Model]:
+        """Give the model in this precision, by eager PyTorch unless fp32. stored, blind: as for `search`."""
 
     @abstractmethod
     def _search(self, model: Model, prompts: Sequence[np.ndarray], width: int, k: int) -> Iterable[Beams]:

@@ -87,7 +87,7 @@ class StepMetadataBuilder(compat.AttentionMetadataBuilder[StepMetadata]):
 class PagedAttention(compat.AttentionImpl[StepMetadata]):
     """One layer's attention with kernels of `kernels`. A subclass implements `attend`.
 
-    The other arguments are vLLM's, for all implementations of attention.
+    stored: int8 or fp8 for pages in 8 bits. The other arguments are vLLM's, for all implementations of attention.
     """
 
     def __init__(
@@ -104,10 +104,11 @@ class PagedAttention(compat.AttentionImpl[StepMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         *,
         kernels: Operators,
+        stored: str = "",
     ) -> None:
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
-        self.kernels = kernels
+        self.kernels, self.stored = kernels, stored
         self.step: StepMetadata | None = None  # the latest
 
     def forward(
@@ -130,18 +131,21 @@ class PagedAttention(compat.AttentionImpl[StepMetadata]):
         if attn_metadata is None:
             return output.zero_()
         n = attn_metadata.tokens
-        k_pages, v_pages = compat.PageBackend.split(kv_cache, self.head_size)
-        self.kernels.paged_write(key[:n], value[:n], attn_metadata.slots[:n], k_pages, v_pages)
-        self.attend(output[:n], query[:n], key[:n], value[:n], k_pages, v_pages, attn_metadata)
+        pages = compat.PageBackend.split(kv_cache, self.head_size, self.stored)
+        self.kernels.paged_write(key[:n], value[:n], attn_metadata.slots[:n], **pages)
+        self.attend(output[:n], query[:n], key[:n], value[:n], pages, attn_metadata)
         if n < len(output):
             output[n:].zero_()
         return output
 
     @abstractmethod
     def attend(
-        self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, step: StepMetadata
+        self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, pages: dict[str, Tensor], step: StepMetadata
     ) -> None:
-        """Write the attention of a step's rows to `out`. Raises RuntimeError without the metadata that it needs."""
+        """Write the attention of a step's rows to `out`. Raises RuntimeError without the metadata that it needs.
+
+        pages: of the layer, as PageBackend.split returns them.
+        """
 
 
 MISSING = "attention ran before the model added the keys that rows see to the step's metadata"

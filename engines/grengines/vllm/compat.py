@@ -7,6 +7,7 @@ vLLM, and restores the environment afterwards.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import time
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from grengines.vllm.environment import environment
+from grkernels.pages import EIGHT_BITS
 
 with environment():  # some variables are read when vLLM is imported, and it sets others
     from vllm import EngineArgs, PoolingParams
@@ -61,6 +63,7 @@ __all__ = [
     "AttentionMetadata",
     "AttentionMetadataBuilder",
     "CommonAttentionMetadata",
+    "EightBitAttention",
     "LastLogLines",
     "PageBackend",
     "Pooler",
@@ -92,6 +95,7 @@ __all__ = [
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+SCALE = torch.float32  # of a key or a value in 8 bits
 
 
 # Attention
@@ -128,11 +132,37 @@ class PageBackend(AttentionBackend):
         return tuple(range(5 if include_num_layers_dimension else 4))
 
     @staticmethod
-    def split(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
-        """Return the keys and values [blocks, tokens, H, d] of one layer, as views."""
+    def split(kv_cache: Tensor, head_size: int, stored: str = "") -> dict[str, Tensor]:
+        """Return one layer's pages as arguments of paged_write and hstu_attention, views.
+
+        k_pages and v_pages [blocks, tokens, H, d]. stored: int8 or fp8 for those of EightBitAttention, which also have
+        k_scales and v_scales, fp32 [blocks, tokens, H].
+        """
         if KVCacheLayout is not None:
             kv_cache = kv_cache.transpose(1, 2)
-        return kv_cache[..., :head_size], kv_cache[..., head_size:]
+        if not stored:
+            return {"k_pages": kv_cache[..., :head_size], "v_pages": kv_cache[..., head_size:]}
+        # The layer's bytes are all keys, all values and the scales of each, every part contiguous as in the native
+        # engine's pool. vLLM need not know: it names pages by number, and 0.32 copies one only if a prefix may end
+        # within it, which takes layers of several kinds.
+        rows = kv_cache.shape[:3]
+        sizes = [rows.numel() * head_size] * 2 + [rows.numel() * SCALE.itemsize] * 2
+        k, v, *scales = kv_cache.view(-1).split(sizes)
+        parts = {f"{x}_pages": part.view(EIGHT_BITS[stored]).view(*rows, -1) for x, part in (("k", k), ("v", v))}
+        return parts | {f"{x}_scales": part.view(SCALE).view(rows) for x, part in zip("kv", scales, strict=True)}
+
+
+class EightBitAttention(Attention):
+    """vLLM's attention layer with pages in 8 bits: each key and each value has a scale, which its page has room for.
+
+    Versions: 0.25 to 0.32. vLLM's own `kv_cache_dtype` of this kind is for its Triton backend, and where the scales are
+    changed between versions. So vLLM gets rows of bytes that are longer by a scale, and counts pages of these.
+    """
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> Any:
+        size = self.head_size + SCALE.itemsize
+        spec = super().get_kv_cache_spec(vllm_config)
+        return dataclasses.replace(spec, head_size=size, head_size_v=size, dtype=torch.uint8)
 
 
 class Qwen3Attention:

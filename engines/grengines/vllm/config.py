@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from grengines.cache.config import EIGHT_BITS
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
 from grengines.options import GRAPHS, TENSOR_PARALLEL, WITH_GRAPHS, GraphOptions, option
@@ -23,6 +24,10 @@ class VLLMEngineConfig(GraphOptions):
     kv_cache_gb: float = option(
         1.0, "memory for pages on a CPU, 10^9 bytes", gt=0, only_with={"device": ("auto", "cpu")}
     )
+    kv_cache_precision: str = option(
+        "engine", "keys and values in pages: as the engine computes them, or for HSTU 8 bits with a scale for each "
+        "token and head; int8 is the more exact of the two", choices=["engine", *EIGHT_BITS],
+    )  # fmt: skip
     kv_blocks: int = option(0, "pages; 0: as many as fit the memory", ge=0)
     block_size: int = option(64, "tokens of a page, a power of two; a prefix hits in whole pages", ge=16, le=256)
     max_num_seqs: int = option(0, "searches in flight, for which a captured step has room; 0: scenario.max_batch", ge=0)
@@ -49,6 +54,11 @@ class VLLMEngineConfig(GraphOptions):
     )  # fmt: skip
 
 
+def stored(options: VLLMEngineConfig) -> str:
+    """Return int8 or fp8 for pages in 8 bits, and "" for pages in the engine's precision."""
+    return options.kv_cache_precision if options.kv_cache_precision in EIGHT_BITS else ""
+
+
 def contradiction(options: VLLMEngineConfig, asked: Asked) -> str | None:
     """Return None, or which options of the engine and the model exclude each other."""
     model = asked.model
@@ -58,6 +68,11 @@ def contradiction(options: VLLMEngineConfig, asked: Asked) -> str | None:
         return (
             f"model.qk_dim={model.qk_dim}, model.v_dim={model.v_dim}: engine vllm needs them equal, "
             "because a page holds both in rows of one size; set both to one value"
+        )
+    if stored(options) and isinstance(model, DecoderConfig):
+        return (
+            f"engine.kv_cache_precision={options.kv_cache_precision} and model={model.name}: the attention of decoders "
+            "reads no scales of pages; set engine.kv_cache_precision=engine, or a model of HSTU"
         )
     if problem := graphs_on_cpu(options) or attention_of_ranking(asked) or _short_steps(options, asked):
         return problem

@@ -12,6 +12,7 @@ import torch
 
 from grengines.api import Finished, GenerateResult, Int64Array, Request, Setup, Tier
 from grengines.base import GeneratingEngine
+from grengines.cache.pool import page_bytes
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.decoder.weights import shapes
 from grengines.models.hstu.config import HSTUConfig
@@ -23,9 +24,10 @@ from grengines.runtime.team import Alone, Team
 from grengines.semantic.ids import prompt_of
 from grengines.semantic.trie import Trie
 from grengines.vllm import graphs, ranks
-from grengines.vllm.config import VLLMEngineConfig
+from grengines.vllm.config import VLLMEngineConfig, stored
 from grengines.vllm.folder import ModelFolder
 from grengines.vllm.levels import Levels
+from grkernels.pages import EIGHT_BITS
 
 if TYPE_CHECKING:
     from grengines.vllm.core import VLLMCore
@@ -48,6 +50,7 @@ class VLLMEngine(GeneratingEngine):
     def __init__(self, options: VLLMEngineConfig, setup: Setup) -> None:
         super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
         self._options, model, kernels = options, setup.model, setup.kernels
+        self._stored = stored(options)
         if not isinstance(model, HSTUConfig):
             kernels = {family: kernels[family] for family in DECODER_FAMILIES}
         self._graphs = graphs.choose(
@@ -59,6 +62,7 @@ class VLLMEngine(GeneratingEngine):
                 self._device.type,
                 self._precision,
                 page=options.block_size,
+                stored=self._stored,
                 captured=captured,
                 ranks=options.tensor_parallel,
                 beams=self._retrieval.beam_width,
@@ -81,7 +85,14 @@ class VLLMEngine(GeneratingEngine):
         beams = 0 if isinstance(self._model_config, HSTUConfig) else self._beam_tokens()
         limit = self._longest_prompt + beams
         self._check_options(limit)
-        self.folder = ModelFolder(self._setup, self._kernels.variants, self._dtype, max_tokens=limit, beam_tokens=beams)
+        self.folder = ModelFolder(
+            self._setup,
+            self._kernels.variants,
+            self._dtype,
+            max_tokens=limit,
+            beam_tokens=beams,
+            stored=self._stored,
+        )
         arguments, count = self.core_arguments(self.folder, limit, max_batch), self._options.tensor_parallel
         port = ranks.free_port() if count > 1 else 0
         if count > 1:
@@ -205,6 +216,7 @@ class VLLMEngine(GeneratingEngine):
             "beams": "in the step that ends the prompt",
             "timer": "perf_counter; vLLM waits for the device every step",
             "kernel_choice": self._kernels.reasons,
+            "cache_precision": self._stored or self._precision,
             **({"graph_choice": self._graphs.why_not} if self._graphs.why_not else {}),
             **(self.core.describe() if self.core is not None else {}),
             **self.team.actual(),
@@ -288,7 +300,10 @@ class VLLMEngine(GeneratingEngine):
         """
         model = self._model_config
         heads, dim = (model.heads, model.qk_dim) if isinstance(model, HSTUConfig) else (model.kv_heads, model.head_dim)
-        page = self._options.block_size * model.layers * heads * 2 * dim * self._dtype.itemsize
+        dtype = EIGHT_BITS.get(self._stored, self._dtype)
+        page = page_bytes(
+            layers=model.layers, page=self._options.block_size, heads=heads, qk_dim=dim, v_dim=dim, dtype=dtype
+        )
         memory = self._options.gpu_memory_utilization * torch.cuda.get_device_properties(self._device).total_memory
         batch = max_batch * self._median_prompt if isinstance(model, HSTUConfig) else 0
         return graphs.step_sizes(batch, min(tokens, graphs.profiled_pages(page, memory)))

@@ -23,11 +23,18 @@ class ModelFolder:
     """A temporary folder with HSTU or a decoder, until `close`.
 
     variants: of each operator family. max_tokens: of a search. beam_tokens: of these, the codes of beams whose keys and
-    values are in vLLM's pages. Raises ValueError for bad weights.
+    values are in vLLM's pages. stored: int8 or fp8 for pages of HSTU in 8 bits. Raises ValueError for bad weights.
     """
 
     def __init__(
-        self, setup: Setup, variants: dict[str, str], dtype: torch.dtype, *, max_tokens: int, beam_tokens: int = 0
+        self,
+        setup: Setup,
+        variants: dict[str, str],
+        dtype: torch.dtype,
+        *,
+        max_tokens: int,
+        beam_tokens: int = 0,
+        stored: str = "",
     ) -> None:
         assert setup.retrieval is not None, "a task that generates has semantic IDs"
         self._folder = tempfile.TemporaryDirectory(prefix="grbench-vllm-")
@@ -38,6 +45,7 @@ class ModelFolder:
                 "beam_tokens": beam_tokens,
                 "max_position_embeddings": max_tokens + 1,  # positions go up to here while vLLM measures memory
                 "kernels": variants,
+                "stored": stored,
             }
             model, options = setup.model, (setup.retrieval, setup.seed, dtype)
             own = (

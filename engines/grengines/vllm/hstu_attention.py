@@ -19,7 +19,7 @@ class HSTUAttention(PagedAttention):
         self._scaling_seqlen, self._attends = scaling_seqlen, attends
 
     def attend(
-        self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, step: StepMetadata
+        self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, pages: dict[str, Tensor], step: StepMetadata
     ) -> None:
         """Attend to the tokens before each row and to itself."""
         if not self._attends:
@@ -27,45 +27,29 @@ class HSTUAttention(PagedAttention):
         if step.hstu is None:
             raise RuntimeError(MISSING)
         attend = self.one_by_one if q.device.type == "cpu" else self.together
-        out.copy_(attend(q, k, v, step, step.hstu, k_pages, v_pages))
+        out.copy_(attend(q, k, v, step, step.hstu, pages))
 
     def together(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        step: StepMetadata,
-        keys: HSTUKeys,
-        k_pages: Tensor,
-        v_pages: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, step: StepMetadata, keys: HSTUKeys, pages: dict[str, Tensor]
     ) -> Tensor:
         """Attend to all requests in one call."""
-        pages = {}
+        before = {}
         if step.cached or (q.is_cuda and torch.cuda.is_current_stream_capturing()):  # a captured step serves both cases
-            pages = {"k_pages": k_pages, "v_pages": v_pages, "page_table": step.block_table}
-            pages["paged_lengths"] = keys.paged_lengths
-        return self._attend(q, k, v, keys.offsets, step.max_query_len, step.max_seq_len, **pages)
+            before = pages | {"page_table": step.block_table, "paged_lengths": keys.paged_lengths}
+        return self._attend(q, k, v, keys.offsets, step.max_query_len, step.max_seq_len, **before)
 
     def one_by_one(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        step: StepMetadata,
-        keys: HSTUKeys,
-        k_pages: Tensor,
-        v_pages: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, step: StepMetadata, keys: HSTUKeys, pages: dict[str, Tensor]
     ) -> Tensor:
         """Attend to one request per call, on a CPU. Its eager kernels pad to the longest, and lengths need no wait."""
         starts, paged = keys.offsets.tolist(), keys.paged_lengths.tolist()
         parts = []
         for b, n in enumerate(keys.offsets.diff().tolist()):
-            rows, pages = slice(starts[b], starts[b] + n), {}
+            rows, one, before = slice(starts[b], starts[b] + n), slice(b, b + 1), {}
             if paged[b]:
-                pages = {"k_pages": k_pages, "v_pages": v_pages, "page_table": step.block_table[b : b + 1]}
-                pages["paged_lengths"] = keys.paged_lengths[b : b + 1]
+                before = pages | {"page_table": step.block_table[one], "paged_lengths": keys.paged_lengths[one]}
             offsets = torch.tensor([0, n])
-            parts.append(self._attend(q[rows], k[rows], v[rows], offsets, n, n + paged[b], **pages))
+            parts.append(self._attend(q[rows], k[rows], v[rows], offsets, n, n + paged[b], **before))
         return torch.cat(parts)
 
     def _attend(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -83,17 +82,16 @@ class SearchPooler(compat.Pooler):
         return rows
 
 
-@dataclass
 class LayerPages:
-    """Keys and values [blocks, tokens, H, d] of each layer, views of vLLM's pages."""
+    """The pages of each layer, views of vLLM's. Satisfies grengines.models.hstu.generator.Pages."""
 
-    k: list[Tensor]
-    v: list[Tensor]
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self._layers = layers
 
-    @classmethod
-    def of(cls, layers: Iterable[Any], head_dim: int) -> LayerPages:
-        pages = [compat.PageBackend.split(compat.pages_of(layer), head_dim) for layer in layers]
-        return cls([k for k, _ in pages], [v for _, v in pages])
+    def layer(self, i: int) -> dict[str, Tensor]:
+        """Return the pages of layer i as arguments of paged_write and hstu_attention."""
+        layer: Any = self._layers[i]
+        return compat.PageBackend.split(compat.pages_of(layer), layer.impl.head_size, layer.impl.stored)
 
 
 class HSTUForRetrieval(nn.Module):
@@ -102,8 +100,9 @@ class HSTUForRetrieval(nn.Module):
     A search reads the last token of each prompt alone. So for a pooler the last layer only writes keys and values
     within vLLM's step, whose sizes CUDA graphs fix, and the search begins with the rest of it, for the last tokens.
 
-    The folder's config.json holds HSTUConfig (`hstu`), the codes of each level (`sizes`) and the variant of each
-    operator family (`kernels`); its safetensors are HSTUGenerator's. Serves ordinary generation too.
+    The folder's config.json holds HSTUConfig (`hstu`), the codes of each level (`sizes`), the variant of each operator
+    family (`kernels`), and int8 or fp8 for pages in 8 bits (`stored`); its safetensors are HSTUGenerator's. Serves
+    ordinary generation too.
     """
 
     is_pooling_model: ClassVar[Literal[True]] = True
@@ -118,8 +117,9 @@ class HSTUForRetrieval(nn.Module):
         self.kernels = dict(described.kernels)  # for records
         self.generator = HSTUGenerator(config, sizes, self.operators).requires_grad_(False)
         self.finishes_later = compat.pools(vllm_config)
+        layer = compat.EightBitAttention if described.stored else compat.Attention
         self.attention = nn.ModuleList(
-            compat.Attention(
+            layer(
                 config.heads,
                 config.qk_dim,
                 self.generator.alpha,
@@ -127,6 +127,7 @@ class HSTUForRetrieval(nn.Module):
                 prefix=f"{prefix}.layers.{i}.attention" if prefix else f"layers.{i}.attention",
                 attn_backend=HSTUAttentionBackend,
                 kernels=self.operators,
+                stored=described.stored,
                 scaling_seqlen=config.scaling_seqlen,
                 attends=not (self.finishes_later and i == config.layers - 1),
             )
@@ -169,7 +170,7 @@ class HSTUForRetrieval(nn.Module):
         self, last: Tensor, prompts: PromptKeys, trie: TensorTrie, *, width: int, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Search as the native engine. The prompts' keys are in vLLM's pages, and those of beams are not."""
-        pages = LayerPages.of(self.attention, self.generator.config.qk_dim)
+        pages = LayerPages(self.attention)
         last = self.generator.last_layer(last.clone(), prompts, pages)  # combine overwrites its argument
         return beam.levels(self.generator, trie, last, prompts, pages, width=width, k=k)
 

@@ -23,9 +23,10 @@ class SoftmaxAttention(PagedAttention):
         self.flash = compat.flash_attention(self.head_size, torch.get_default_dtype())
 
     def attend(
-        self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, step: StepMetadata
+        self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, pages: dict[str, Tensor], step: StepMetadata
     ) -> None:
         """Attend to keys in pages, those of this step included."""
+        k_pages, v_pages = pages["k_pages"], pages["v_pages"]
         if step.beams is not None:
             self.kernels.beam_attention(
                 out,

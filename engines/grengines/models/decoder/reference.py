@@ -80,7 +80,8 @@ class DecoderReference(GenerationReference[Decoder]):
         return scores
 
     @contextmanager
-    def _variant(self, precision: str, blind: bool) -> Iterator[Decoder]:
+    def _variant(self, precision: str, stored: str, blind: bool) -> Iterator[Decoder]:
+        assert not stored, "no engine keeps a decoder's keys and values in 8 bits"
         decoder = self._exact if precision == "fp32" else self._exact.to(DTYPES[precision])
         with zero_attention(decoder) if blind else nullcontext():
             yield decoder

@@ -39,10 +39,10 @@ Codes = tuple[Tensor, Tensor]  # keys [rows, H, dqk] and values [rows, H, dv] of
 
 
 class Pages(Protocol):
-    """Keys [pages, page, H, dqk] and values [pages, page, H, dv] of each layer, as PagePool has them."""
+    """Pages of keys and values, as PagePool has them."""
 
-    k: list[Tensor]
-    v: list[Tensor]
+    def layer(self, i: int) -> dict[str, Tensor]:
+        """Return the pages of layer i as arguments of paged_write and hstu_attention."""
 
 
 @dataclass
@@ -236,7 +236,7 @@ class HSTUGenerator(nn.Module):
             else:
                 u, q, k, v = layer.project(x, self.kernels)
             if pool is not None:
-                self.kernels.paged_write(k, v, prompts.slots, pool.k[i], pool.v[i])
+                self.kernels.paged_write(k, v, prompts.slots, **pool.layer(i))
             biased = _biased(layer, 0, until, prompts.times)
             a = self._attend(q, k, v, offsets, None, longest, prompts.longest, kv_offsets=prompts.offsets, **biased)
             x = layer.combine(x, u, a, self.kernels)
@@ -261,8 +261,7 @@ class HSTUGenerator(nn.Module):
             1,
             prompts.longest,
             kv_offsets=offsets,
-            k_pages=pages.k[-1],
-            v_pages=pages.v[-1],
+            **pages.layer(len(self.layers) - 1),
             page_table=prompts.page_table,
             paged_lengths=(prompts.lengths - 1).clamp(min=0),
         )
@@ -294,8 +293,7 @@ class HSTUGenerator(nn.Module):
                 W,
                 prompts.longest + W,
                 kv_offsets=offsets,
-                k_pages=pages.k[i],
-                v_pages=pages.v[i],
+                **pages.layer(i),
                 page_table=prompts.page_table,
                 paged_lengths=prompts.lengths,
                 **_biased(layer, level),

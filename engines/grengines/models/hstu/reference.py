@@ -42,6 +42,22 @@ def through_pages(attention: Callable[..., Tensor], stored: str) -> Callable[...
     return attend
 
 
+def prompts_through_pages(kernels: Operators, stored: str) -> Operators:
+    """Return operators for which prompts are in 8-bit pages (int8 or fp8), and the codes of beams are exact."""
+    attention, write = kernels.hstu_attention, kernels.paged_write
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if options.get("k_pages") is None:  # of prompts; with pages k and v are those of beams
+            k, v = rounding.through_pages(k, stored), rounding.through_pages(v, stored)
+        attended: Tensor = attention(q, k, v, **options)
+        return attended
+
+    def store(k: Tensor, v: Tensor, slots: Tensor, **pages: Tensor) -> None:
+        write(rounding.through_pages(k, stored), rounding.through_pages(v, stored), slots, **pages)
+
+    return kernels.replace(hstu_attention=attend, paged_write=store)
+
+
 class RankingReference:
     """Scores of one request at a time: nothing is cached, padded or captured.
 
@@ -124,12 +140,14 @@ class HSTUReference(GenerationReference[HSTUGenerator]):
         return beam.prefix_scores(self._exact, tokens, self._retrieval.ids.codes[items], pool)
 
     @contextmanager
-    def _variant(self, precision: str, blind: bool) -> Iterator[HSTUGenerator]:
+    def _variant(self, precision: str, stored: str, blind: bool) -> Iterator[HSTUGenerator]:
         model = self._exact
         if precision != "fp32":
             model = copy.deepcopy(model).to(DTYPES[precision])
             model.kernels = Operators.rounded(DTYPES[precision])
         kernels = model.kernels
+        if stored:
+            model.kernels = prompts_through_pages(kernels, stored)
         if blind:
             model.kernels = kernels.replace(hstu_attention=zero_attention)
         try:
