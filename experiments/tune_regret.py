@@ -69,6 +69,8 @@ def load(folder: Path) -> Kept:
         for path, record in records.find(folder)
         if record.spec["scenario"]["name"] == "offline" and record.status is not Status.UNAVAILABLE
     ]
+    if not cells:
+        return Kept(Grid({}, {}, {}), {})
     origins = list(dict.fromkeys(str(Origin.of(record.environment)) for _, record in cells))
     if len(origins) > 1:
         raise ReportError(f"{folder}: cells of {' and of '.join(origins)}; measure those of one commit on one machine")
@@ -87,7 +89,10 @@ def load(folder: Path) -> Kept:
         cell = Measured(record.metrics.get("throughput_rps", 0.0), some, str(record.status), error=record.error or "")
         mine = Batching(scenario["max_batch"], scenario["max_wait_ms"] / 1e3, scenario["in_flight"])
         found.append((Configuration(values), cell, mine))
-    facts = {"started_at": cells[0][1].started_at, "environment": cells[0][1].environment} if cells else {}
+    first = min((record for _, record in cells), key=lambda record: record.started_at)
+    studies = dict.fromkeys(word for _, record in cells for word in record.overrides if word.startswith("study="))
+    title = ", by ".join(["Requests/s of each configuration", *(f"`python -m grbench {word}`" for word in studies)])
+    facts = {"started_at": first.started_at, "environment": first.environment, "title": title}
     return Kept(_grid(keys, found), facts)
 
 
@@ -139,8 +144,7 @@ def save_rows(
                 "batches": batches,
             }
         )
-    facts = {"command": command, **kept.facts, "title": "Requests/s of each configuration", "charts": [chart.to_dict()]}
-    results.save(out, facts, rows)
+    results.save(out, {"command": command, **kept.facts, "charts": [chart.to_dict()]}, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -183,7 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         truths = dict(zip(grid.cells, processes.map(_truth, grid.cells, chunksize=8), strict=True))
     flips = best_by_batch(grid, truths)
     by_batch = flip_chart(flips, args.limit)
-    if args.out and not kept.file:
+    if kept.file:
+        rows.draw(by_batch)  # the grid is not written beside the rows
+    elif args.out:
         save_rows(kept, truths, rows.command, args.limit, by_batch, args.out / "grid")
     best = max(truths, key=lambda configuration: truths[configuration])
     rows.note(f"{total} configurations; the best is {best.name} with {truths[best]:.4g} requests/s within {args.limit}")

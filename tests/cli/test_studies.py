@@ -245,7 +245,8 @@ def test_a_grid_and_its_replays_are_kept_with_their_charts(
     for batch, wait in itertools.product((4, 8, 16), (0, 2)):
         words = [f"scenario.max_batch={batch}", f"scenario.max_wait_ms={wait}", "scenario.in_flight=1"]
         status = records.Status.OOM if batch == 16 and wait == 0 else records.Status.OK
-        write_cell(cells / f"{batch}-{wait}", "scenario.name=offline", *words, status=status, scale=1 / batch)
+        changes: dict[str, Any] = {"status": status, "scale": 1 / batch, "overrides": [*words, "study=tune_grid"]}
+        write_cell(cells / f"{batch}-{wait}", "scenario.name=offline", *words, **changes)
     few = ["--seeds", "1", "--most", "1", "--places", "1"]
     first, again, reports = tmp_path / "first", tmp_path / "again", tmp_path / "reports"
     rows = rows_of(program("tune_regret"), first, capsys, "--grid", str(cells), *few)
@@ -266,15 +267,17 @@ def test_a_grid_and_its_replays_are_kept_with_their_charts(
         return (reports / name / "README.md").read_text()
 
     page = page_of("grid", first / "grid")
+    assert "each configuration, by `python -m grbench study=tune_grid`." in page
     assert "### Best rate within latency_ms.p99=80\n\n| requests/s, by max_batch | 4 | 8 | 16 |\n" in page
     assert "- OOM: what OOM means here (" in page and "`make reports` draws `figures/grid_flips.png`." in page
     again_rows = rows_of(program("tune_regret"), again, capsys, "--grid", str(reports / "grid/records/grid"), *few)
     assert again_rows == rows
     assert not (again / "grid").exists()  # it is kept where it was read
     page = page_of("regret", again)
-    assert "`make reports` draws `figures/regret_regret.png`." in page and "| grbench |" in page
+    assert "`make reports` draws `figures/regret_flips.png` and `figures/regret_regret.png`." in page
+    assert "| grbench |" in page and "### Best rate within latency_ms.p99=80" in page
     figures = [path for path in reports.rglob("figures/*") if path.read_bytes().startswith(b"\x89PNG")]
-    assert sorted(path.name for path in figures) == ["grid_flips.png", "regret_regret.png"]
+    assert sorted(path.name for path in figures) == ["grid_flips.png", "regret_flips.png", "regret_regret.png"]
     file = reports / "regret" / "records" / "regret" / results.RESULTS_FILE
     file.write_text(file.read_text().replace('"series"', '"lines"'))
     assert cli.main(["reports", "regret", "--root", str(reports)]) == 2
@@ -285,6 +288,9 @@ def test_a_grid_and_its_replays_are_kept_with_their_charts(
 
 
 def test_a_grid_is_of_one_commit(program: Any, tmp_path: Path, capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        program("tune_regret").main(["--grid", str(tmp_path)])
+    assert "no grid of offline cells; run python -m grbench study=tune_grid first" in capsys.readouterr().err
     for batch, commit in ((4, "a" * 40), (8, "b" * 40)):
         words = ["scenario.name=offline", f"scenario.max_batch={batch}"]
         write_cell(tmp_path / str(batch), *words, environment={"git_sha": commit, "cpu": "Some CPU", "gpus": []})
