@@ -19,7 +19,7 @@ each, the sentence has the scaling efficiency: the rate of several over that of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from grbench.execution.records import RunRecord
@@ -243,18 +243,19 @@ def _highest_load(group: list[RunRecord]) -> Finding:
         (load, _estimate(label, runs, P99)) for load, label, runs in cells if all(P99 in run.metrics for run in runs)
     ]
     every.sort(key=lambda pair: (-pair[0], pair[1].value))
-    short = [run for load, label, runs in cells if not _has_p99(runs) for run in runs]
     kept: dict[str, tuple[float, Estimate]] = {}  # of each strategy the highest load that keeps the limit
     for load, one in every:
         if one.interval and one.interval[1] <= limit_ms:
             kept.setdefault(one.label, (load, one))
     within = f"p99 within {limit_ms:g} ms" if limit is not None else "a p99"
     rest = "".join(f" {_lowest_latency(those).sentence}" for _, those in sorted(loads.items()) if len(those) > 1)
-    lack = sum(not _has_p99(runs) for _, _, runs in cells)
-    few = f"scenario.queries={max(map(_enough_for_p99, short), default=0)} is about enough"
-    if lack == len(cells):
-        text = f"In {scenario_of(group[0])}, the requests of every cell are too few for a p99 with an interval: {few}."
-        return Finding((), text + rest)
+    short = [(load, runs) for load, _, runs in cells if not _has_p99(runs)]
+    if len(short) == len(cells):
+        enough = _enough_for_p99(runs for _, runs in short)
+        text = (
+            f"In {scenario_of(group[0])}, the requests of every cell are too few for a p99 with an interval: {enough}"
+        )
+        return Finding((), f"{text}.{rest}")
     if not kept:
         text = f"In {scenario_of(group[0])}, no cell has {within} for certain"
         if near := next(((load, e) for load, e in every if limit is not None and e.value <= limit_ms), None):
@@ -262,10 +263,7 @@ def _highest_load(group: list[RunRecord]) -> Finding:
             interval = "" if best.interval else " without an interval"
             text += f"; nearest is {best.label} at {load:g} {unit} (p99 {best} ms{interval})"
             text += ": raise scenario.queries or set runner.repeats=5"
-        if lack:
-            have = "has" if lack == 1 else "have"
-            text += f"; {lack} of {len(cells)} cells {have} too few requests for an interval: {few}"
-        return Finding((), f"{text}.{rest}")
+        return Finding((), f"{text}{_too_few([runs for _, runs in short], len(cells), 'cells')}.{rest}")
     (load, best), *others = kept.values()
     equal = [estimate for other, estimate in others if other == load]
     lower = [(other, estimate) for other, estimate in others if other < load]
@@ -273,7 +271,17 @@ def _highest_load(group: list[RunRecord]) -> Finding:
     text += f" (p99 {best} ms{best.runs.replace('(', 'over ').rstrip(')')})"
     if lower:
         text += f"; next is {lower[0][1].label} with {lower[0][0]:g}"
+    higher = [runs for other, runs in short if other > load]  # they may keep the limit too
+    text += _too_few(higher, sum(other > load for other, _, _ in cells), "cells at higher loads")
     return Finding(best.records, f"In {scenario_of(group[0])}, {text}.{rest}")
+
+
+def _too_few(cells: Sequence[Sequence[RunRecord]], total: int, noun: str) -> str:
+    """Return the clause on cells, of `total`, that have no p99 with an interval; "" if there are none."""
+    if not cells:
+        return ""
+    have = "has" if len(cells) == 1 else "have"
+    return f"; {len(cells)} of {total} {noun} {have} too few requests for an interval: {_enough_for_p99(cells)}"
 
 
 def _at_loads(strategies: dict[str, list[RunRecord]]) -> dict[float, dict[str, list[RunRecord]]]:
@@ -290,8 +298,12 @@ def _has_p99(runs: Sequence[RunRecord]) -> bool:
     return all(P99 in run.metrics for run in runs) and estimate(runs, P99)[1] is not None
 
 
-def _enough_for_p99(record: RunRecord) -> int:
-    """Return about how many requests give the p99 of a cell an interval."""
+def _enough_for_p99(cells: Iterable[Sequence[RunRecord]]) -> str:
+    """Return about how many requests give the p99 of each of these cells an interval, in words."""
+    return f"scenario.queries={max(_needs_for_p99(run) for runs in cells for run in runs)} is about enough"
+
+
+def _needs_for_p99(record: RunRecord) -> int:
     metrics = record.metrics
     worth = [metrics[name] for p in PERCENTILES if (name := f"latency_ms/p{p:g}{WORTH}") in metrics]
     if "samples" in metrics and worth:

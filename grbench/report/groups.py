@@ -48,11 +48,18 @@ class Group:
 def best_first(records: Sequence[RunRecord]) -> list[RunRecord]:
     """Return comparable records as `findings` ranks them.
 
-    Those with emulated products follow, and those without a result come last.
+    Those with emulated products follow, ranked by themselves, and those without a result come last.
 
     At several loads the cells of each load are ranked by themselves, those first that keep the latency limit. The loads
     at which a cell keeps it come first, and go down from the highest.
     """
+    ok = [record for record in records if record.ok]
+    failed = [record for record in records if not record.ok]
+    real, slow = ([record for record in ok if emulated(record) == which] for which in (False, True))
+    return [*_best_first(real), *_best_first(slow), *failed]
+
+
+def _best_first(records: Sequence[RunRecord]) -> list[RunRecord]:
     loads: dict[float | None, list[RunRecord]] = {}
     for record in records:
         loads.setdefault(offered_load(record), []).append(record)
@@ -60,16 +67,13 @@ def best_first(records: Sequence[RunRecord]) -> list[RunRecord]:
     kept = {load: any(limit_verdict(record) == "yes" for record in those) for load, those in loads.items()}
 
     def place(record: RunRecord) -> tuple[float, ...]:
-        if not record.ok:
-            return (2,)
-        tier = int(emulated(record))
         if scenario_of(record) == "offline":
-            return tier, -record.metrics.get("throughput_rps", 0.0)
+            return (-record.metrics.get("throughput_rps", 0.0),)
         load = offered_load(record)
         latency = record.metrics.get(metrics[load], float("inf"))
         if len(loads) == 1:
-            return tier, latency
-        return tier, not kept[load], -(load or 0.0), limit_verdict(record) != "yes", latency
+            return (latency,)
+        return not kept[load], -(load or 0.0), limit_verdict(record) != "yes", latency
 
     return sorted(records, key=place)
 

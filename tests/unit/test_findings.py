@@ -295,6 +295,18 @@ def test_emulated_products_are_not_ranked_by_speed(scenario: str) -> None:
     assert found.best == (every[2],) and best_first(every)[0] is every[2]
 
 
+def test_neither_an_emulated_nor_a_failed_cell_orders_the_others() -> None:
+    """The only cell that keeps the limit at 100 requests/s is emulated, and one at 200 failed."""
+    high, low = cell(120, load=100), cell(60, load=50)
+    slow, failed = cell(20, load=100, engine="aoti"), cell(load=200, status=Status.OOM)
+    slow.actual = {"fp8_products": fp8.runs_as("cpu")}
+    assert best_first([failed, slow, high, low]) == [low, high, slow, failed]
+    del slow.metrics[P99], slow.intervals[P99]  # it would rank those of its load by p90
+    faster, other = cell(70, load=100, engine="onnxruntime"), cell(120, load=100)
+    faster.metrics["latency_ms/p90"] = 65.0
+    assert best_first([other, faster, slow, failed]) == [faster, other, slow, failed]
+
+
 def test_without_an_interval_nothing_is_certain() -> None:
     short = cell(6.0)
     del short.intervals[P99]
@@ -307,6 +319,24 @@ def test_without_an_interval_nothing_is_certain() -> None:
     slow = [cell(p99, load=load) for p99, load in ((60, 50), (70, 100))]
     del slow[1].intervals[P99]
     assert "the highest load with p99 within 80 ms is 50 requests/s" in sentences(*slow)[0]
+
+
+def test_higher_loads_with_too_few_requests_are_named_beside_the_winner() -> None:
+    """They may keep the limit too. A lower load with too few requests changes nothing."""
+    cells = [cell(30, load=load, engine=e) for e in ("hstu", "aoti") for load in (50, 100, 300)]
+    by_load = {(one.spec["scenario"]["target_qps"], one.spec["engine"]["name"]): one for one in cells}
+    too_few = {(50, "hstu"): 400.0, (300, "hstu"): 300.0, (300, "aoti"): 300.0}
+    for which, samples in too_few.items():
+        by_load[which].intervals.clear()
+        by_load[which].metrics |= {"samples": samples, "latency_ms/p50_worth": 15.0 if samples == 400.0 else 300.0}
+    clause = (
+        "; 2 of 2 cells at higher loads have too few requests for an interval: scenario.queries=1000 is about enough."
+    )
+    assert clause in sentences(*cells)[0], sentences(*cells)[0]
+    by_load[300, "aoti"].intervals[P99] = [100.0, 120.0]
+    assert "; 1 of 2 cells at higher loads has too few requests" in sentences(*cells)[0]
+    by_load[300, "hstu"].intervals[P99] = [100.0, 120.0]
+    assert "too few" not in sentences(*cells)[0]
 
 
 @pytest.mark.parametrize(
