@@ -45,22 +45,24 @@ class Answer:
 def answer(knowledge: Knowledge, certificate: Certificate | None) -> Answer | None:
     """Return the answer of a search; None if nothing keeps the limits.
 
-    Where every rate that a probe has kept failed its certification, it is the highest of them, and the words say so.
+    Where every rate that a probe has kept failed its certification, it is the best of them, and the words say so.
     """
     if certificate is not None:
         return Answer(knowledge, certificate.trial, certificate.step, certificate.together, certificate)
     best = knowledge.incumbent
     if best is not None and best.low is not None:
         return Answer(knowledge, best, best.low, best.probes[best.low], None)
-    held = [(step, trial) for trial in knowledge.trials for step in trial.held]
-    step, trial = max(held, key=lambda pair: pair[0], default=(0, None))
-    return None if trial is None else Answer(knowledge, trial, step, trial.probes[step], None)
+    if (failed := knowledge.unproven) is None:
+        return None
+    trial, step = failed
+    return Answer(knowledge, trial, step, trial.probes[step], None)
 
 
 def leader(knowledge: Knowledge) -> str:
     """Return the best so far in a few words, with the rate at which it failed its certification."""
     best = knowledge.incumbent
-    trial = best or next((trial for trial in knowledge.trials if trial.refuted), None)
+    failed = knowledge.unproven
+    trial = best or (failed and failed[0])
     if trial is None:
         return "none yet"
     name = trial.configuration.name

@@ -39,7 +39,10 @@ class Try:
 
 @dataclass
 class Candidate:
-    """A trial to certify, with its best rate and its score before any run failed. fall: steps of its last one."""
+    """A trial to certify, with its best rate and its score before any run failed.
+
+    fall: steps by which the last figure beyond a limit lowered it; half of STEPS before the first.
+    """
 
     trial: Trial
     low: int
@@ -123,6 +126,7 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
         step = lowered.step
         if refutation is None:
             knowledge.concluded = True
+            trial.enter(rates.rate_of(step), found, (Verdict.KEPT, None))
             return Certificate(trial, step, outcomes, found, [*failures, *([missing] if missing else [])])
         trial.refute(refutation)
         failures.append(f"{trial.configuration.name} at {refutation}")
@@ -143,13 +147,13 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
 def recall(goal: Goal, evaluator: Evaluator, trial: Trial, runs: Sequence[tuple[Probe, Outcome]]) -> None:
     """Take the certifying runs of earlier searches into a trial: what they prove, and the lowest rate that failed.
 
-    A rate that failed stays so, with whatever limits it was measured, because who looks until it passes finds what is
-    not there.
+    The limits of this search judge them. A rate with a run beyond a limit is refuted, and a later run does not clear
+    it. Runs that are too short to prove a rate refute nothing: one more follows them.
     """
     kept: dict[int, dict[int, tuple[Probe, Outcome]]] = {}  # by step and seed, of each the longest
     for probe, outcome in sorted(runs, key=lambda run: run[0].requests):
         assert probe.rate is not None
-        trial.measured, step = True, rates.step_below(probe.rate * 1.001)
+        trial.measured, step = True, rates.step_of(probe.rate)
         if (refutation := _alone(goal, step, probe, outcome)) is not None:
             trial.refute(refutation)
         else:
@@ -160,16 +164,17 @@ def recall(goal: Goal, evaluator: Evaluator, trial: Trial, runs: Sequence[tuple[
         found = trial.certifying[step] = evaluator.pool(outcomes)
         if len(outcomes) < max(goal.runs, 1):
             continue
-        if (refutation := _together(goal, step, outcomes, found)) is not None:
-            trial.refute(refutation)
-        else:
+        if (refutation := _together(goal, step, outcomes, found)) is None:
             trial.enter(rates.rate_of(step), found, (Verdict.KEPT, None))
+        elif refutation.verdict is not Verdict.LIKELY or len(outcomes) > goal.runs:
+            trial.refute(refutation)
 
 
 def _proven(goal: Goal, trial: Trial, most: int, least: int) -> int:
     """Return the highest step that runs of earlier searches prove, of those from `most` to `least`; else `least`."""
     whole = (step for step, runs in trial.recalled.items() if len(runs) >= goal.runs and least <= step <= most)
-    return max(whole, default=least)
+    kept = (step for step in whole if judge(goal.limits, trial.certifying[step])[0] is Verdict.KEPT)
+    return max(kept, default=least)
 
 
 def _first_step(goal: Goal, trial: Trial, low: int) -> int:
@@ -192,8 +197,8 @@ def _with_room(goal: Goal, evaluator: Evaluator, trial: Trial, step: int, shares
     lower = range(step, _lowest(goal, trial, step) - 1, -1)
     for margin, share in itertools.product((MARGIN, LEAST_MARGIN), shares):
         for tried in (Try(s, margin) for s in lower):
-            if evaluator.share(certifying(goal, evaluator, trial, tried)) <= share + ROUNDING:
-                return tried
+            if evaluator.share(certifying(goal, evaluator, trial, tried)) <= max(share, 0.0) + ROUNDING:
+                return tried  # after a cell that passed the budget, less than none is left
     return None
 
 
@@ -303,7 +308,8 @@ def _runs(
         if (refutation := _together(goal, attempt.step, outcomes, found)) is None:
             return outcomes, found, None
         margins = (AGAIN, LEAST_MARGIN)
-        further = (_further(goal, evaluator, trial, attempt.step, outcomes, found, margin) for margin in margins)
+        seed = 1 + max(probe.seed for _, probe in wanted)
+        further = (_further(goal, evaluator, trial, attempt.step, outcomes, found, margin, seed) for margin in margins)
         wanted = next((runs for runs in further if evaluator.share(runs) <= evaluator.left() + ROUNDING), [])
         if not wanted:
             return outcomes, found, refutation
@@ -330,7 +336,14 @@ def _together(goal: Goal, step: int, outcomes: Sequence[Outcome], found: Outcome
 
 
 def _further(
-    goal: Goal, evaluator: Evaluator, trial: Trial, step: int, outcomes: list[Outcome], found: Outcome, margin: float
+    goal: Goal,
+    evaluator: Evaluator,
+    trial: Trial,
+    step: int,
+    outcomes: list[Outcome],
+    found: Outcome,
+    margin: float,
+    seed: int,
 ) -> list[Wanted]:
     """Return one more run, with the requests that an interval of all runs still needs; none after such a one.
 
@@ -346,4 +359,4 @@ def _further(
     if more <= 0 or len(outcomes) > goal.runs:
         return []
     requests = max(CERTIFIED, math.ceil(more / 1000) * 1000)
-    return [(trial.configuration, Probe(rates.rate_of(step), requests, SEED + len(outcomes)))]
+    return [(trial.configuration, Probe(rates.rate_of(step), requests, seed))]

@@ -49,11 +49,21 @@ class Knowledge:
 
     def score(self, trial: Trial) -> float:
         """Return what the objective says of a trial that keeps the limits; larger is better."""
-        best = trial.best
-        assert best is not None and trial.low is not None
+        assert trial.low is not None
+        return self.score_at(trial, trial.low)
+
+    def score_at(self, trial: Trial, step: int) -> float:
+        """Return what the objective says of a trial at a step that a probe has kept; larger is better."""
+        outcome = trial.probes[step]
         if self.goal.objective == "latency":
-            return -best.metrics["latency_ms/p99"]
-        return -cost(trial.low, best) if self.goal.objective == "cost" else float(trial.low)
+            return -outcome.metrics["latency_ms/p99"]
+        return -cost(step, outcome) if self.goal.objective == "cost" else float(step)
+
+    @property
+    def unproven(self) -> tuple[Trial, int] | None:
+        """The best trial and step that a probe has kept, where every such rate failed its certification."""
+        held = [(trial, step) for trial in self.trials for step in trial.held]
+        return None if self.incumbent else max(held, key=lambda pair: self.score_at(*pair), default=None)
 
     def expected(self, trial: Trial) -> float:
         """Return the step that a trial should reach: what is known of it, corrected by how far others were off."""

@@ -25,7 +25,7 @@ from grbench.execution.environment import describe_environment
 from grbench.execution.records import RunRecord, Status
 from grbench.execution.session import CellSession
 from grbench.report.work import EMULATED, emulated
-from grbench.tune import certification
+from grbench.tune import certification, rates
 from grbench.tune.certification import MOST
 from grbench.tune.config import RATES, Declared
 from grbench.tune.limits import LARGER
@@ -277,6 +277,8 @@ class LiveEvaluator:
             elif scenario["name"] == self._declared.scenario:
                 rate = scenario[RATES[self._declared.scenario].rpartition(".")[2]]
                 probe = Probe(rate, scenario["queries"])
+                if not self._asked_for(probe):
+                    continue
             else:
                 continue
             limit_ms = record.spec["latency_limit_ms"]
@@ -291,6 +293,11 @@ class LiveEvaluator:
                 continue
             found.append((probe, outcome))
         return sorted(found, key=lambda pair: (pair[0].rate is not None, pair[0].requests))
+
+    def _asked_for(self, probe: Probe) -> bool:
+        """Return True if a probe is at the rate of the goal, or if the search finds the rates itself."""
+        rate = self._declared.goal.rate
+        return rate is None or probe.rate is None or rates.step_of(probe.rate) == rates.step_below(rate)
 
     def _usable_records(self, configuration: Configuration) -> list[tuple[Path, RunRecord]]:
         """Return the earlier records of a configuration that this code on such a machine would make again."""
@@ -328,8 +335,14 @@ class LiveEvaluator:
             rate = scenario[RATES[self._declared.scenario].rpartition(".")[2]]
             probe = Probe(rate, scenario["queries"], seed)
             limit_ms = self._limit_ms(configuration, probe)
-            if probe.requests < certification.CERTIFIED or (self._goodput and judged_ms != limit_ms):
-                continue  # goodput counts answers within the limit
+            if probe.requests < certification.CERTIFIED or not self._asked_for(probe):
+                continue
+            if self._goodput and judged_ms != limit_ms:
+                continue  # it counts answers within this limit
+            if record.spec["gate"]["measured"] < self._specs[configuration].gate.measured:
+                continue  # fewer of its answers were compared with the reference
+            if record.status is Status.STOPPED and judged_ms < self._widest_ms:
+                continue
             outcome = self._outcome(configuration, folder, record, True, 0.0)
             if self._limited and record.ok and not any(name.startswith("quality/") for name in outcome.metrics):
                 continue

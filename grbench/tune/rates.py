@@ -20,6 +20,11 @@ def step_below(rate: float) -> int:
     return math.floor(math.log(rate) / math.log(RATIO) + 1e-6)
 
 
+def step_of(rate: float) -> int:
+    """Return the step of a rate of the ladder, whose four digits may be below it; of another rate, the one below."""
+    return step_below(rate * 1.001)
+
+
 def steps(ratio: float) -> int:
     """Return the number of steps that a ratio of rates is, at least one."""
     return max(round(math.log(ratio) / math.log(RATIO)), 1)

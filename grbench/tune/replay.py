@@ -139,7 +139,7 @@ class Replay:
             raise BudgetSpentError
         self.rounds += math.ceil(len(new) / self.places)
         for configuration, probe in new:
-            step = rates.step_below(probe.rate * 1.001) if probe.rate else 0
+            step = rates.step_of(probe.rate) if probe.rate else 0
             of = (self._seed, self._order[configuration], step + 1000, probe.requests, probe.seed)
             self._done[configuration, probe] = self._draw(configuration, probe, np.random.default_rng(of))
 

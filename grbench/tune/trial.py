@@ -132,7 +132,7 @@ class Trial:
 
     def enter(self, rate: float, outcome: Outcome, verdict: tuple[Verdict, Limit | None]) -> None:
         """Enter the outcome at a rate, unless one of more requests is there: a longer probe of an earlier search."""
-        step = rates.step_below(rate * 1.001)
+        step = rates.step_of(rate)
         known = self.probes.get(step)
         if known is None or known.metrics.get("samples", 0.0) <= outcome.metrics.get("samples", 0.0):
             self.probes[step], self.verdicts[step] = outcome, verdict

@@ -51,8 +51,12 @@ def _beside_the_nearest(evaluator: Evaluator, trial: Trial, step: int, percent: 
     plan goes by the geometric mean of both. It is a rough one: for single traces of simulated queues it is 0.1 to 6
     times the truth, on average within a factor of 2 (tests/unit/test_search.py). Runs that are too short get one more.
     """
-    name, other_seeds = f"{POOLED}p{percent:g}", trial.recalled
-    others = [s for s, its in trial.probes.items() if s != step and s not in other_seeds and name in its.metrics]
+    name = f"{POOLED}p{percent:g}"
+    others = [
+        s
+        for s, its in trial.probes.items()
+        if s != step and name in its.metrics and its is not trial.certifying.get(s)  # which has other seeds
+    ]
     if not others:
         return 0.0
     nearest = min(others, key=lambda other: abs(other - step))

@@ -18,7 +18,7 @@ from grbench.config.schema import ConfigError
 from grbench.execution import energy, stats
 from grbench.report.page import Text
 from grbench.tune import answer, config, deploy, legal, limits, page, rates, space
-from grbench.tune.certification import Certificate, certify, reserve
+from grbench.tune.certification import STEPS, Certificate, certify, recall, reserve
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.limits import Limit, Verdict
 from grbench.tune.outcome import UNJUDGED, BudgetSpentError, Configuration, Outcome, Probe, Wanted
@@ -436,6 +436,25 @@ def test_runs_that_are_worth_less_than_planned_are_followed_by_one_more_at_the_s
     assert not certificate.failures and len(certificate.outcomes) == 3
 
 
+@pytest.mark.parametrize("seeds, more", [([101, 102], 103), ([101, 103], 104)])
+def test_runs_of_an_earlier_search_that_are_too_short_are_followed_by_one_more(seeds: list[int], more: int) -> None:
+    """They refute nothing, and the new run has a seed that none of them had."""
+    evaluator = Alike(1_000_000, dict.fromkeys(seeds, 0.3))
+    search = Knowledge(Goal("throughput", (P99,)), BATCHING)
+    Search(search, [ALL[0]], evaluator, Listed([ALL[0]])).run()
+    trial = search.trials[0]
+    assert trial.low is not None
+    rate = rates.rate_of(trial.low - STEPS)
+    runs = [(probe, evaluator.outcome(ALL[0], probe)) for seed in seeds for probe in [Probe(rate, 40_000, seed)]]
+    assert evaluator.pool([found for _, found in runs]).intervals == {}
+    recall(search.goal, evaluator, trial, runs)
+    assert trial.refuted is None
+    measured = len(evaluator.probes)
+    certificate = certify(search, evaluator)
+    new = [probe.seed for _, probe in evaluator.probes[measured:] if probe.rate == rate and probe.seed not in seeds]
+    assert certificate is not None and new == [more]
+
+
 def test_runs_that_certify_tell_better_than_probes_what_a_request_is_worth() -> None:
     """A short probe at a lower rate shows a worth of 0.1 a request, and the long run above it 0.01."""
     trial, low, high = Trial(ALL[0]), rates.step_below(50.0), rates.step_below(60.0)
@@ -741,6 +760,36 @@ def test_a_search_that_goes_on_repeats_no_certification() -> None:
     assert certificate is not None and not later.probes
     assert (certificate.trial.configuration, certificate.step) == (before.trial.configuration, before.step)
     assert certificate.failures[0] == f"{before.trial.configuration.name} at {before.trial.refuted}"
+
+
+def test_a_certificate_that_costs_nothing_is_found_after_a_cell_that_passed_the_budget() -> None:
+    first = Capacities(CAPACITY, worse={101: 0.95})
+    before = certify(searched(first), first)
+    later = Later(first, 0)
+    search = searched(later)
+    later.left = lambda: -0.01  # type: ignore[method-assign]
+    certificate = certify(search, later)
+    assert before is not None and certificate is not None and certificate.step == before.step
+
+
+def test_a_rate_that_is_certified_below_one_that_failed_is_the_winners() -> None:
+    evaluator = Capacities({ALL[0]: 100.0}, worse={101: 0.8, 102: 0.8})
+    search = Knowledge(Goal("throughput", (P99,)), BATCHING)
+    Search(search, ALL[:1], evaluator, Listed(ALL[:1])).run()
+    certificate = certify(search, evaluator)
+    assert certificate is not None and certificate.trial.low == certificate.step
+    assert answer.figures(certificate.trial) and search.incumbent is certificate.trial
+    assert answer.leader(search).startswith(f"{ALL[0].name} at {rates.rate_of(certificate.step):.4g}/s (it failed")
+
+
+def test_where_every_rate_failed_the_answer_is_the_best_by_the_objective() -> None:
+    evaluator = Capacities(CAPACITY, worse=dict.fromkeys(range(101, 121), 0.1))
+    search = searched(evaluator, Goal("latency", (P99,), rate=90.0))
+    best = search.incumbent
+    assert best is not None and certify(search, evaluator) is None and search.incumbent is None
+    found = answer.answer(search, None)
+    assert found is not None and found.trial is best
+    assert answer.leader(search).startswith(f"none yet ({best.configuration.name} failed its certification at")
 
 
 @pytest.mark.parametrize("certified", [True, False])

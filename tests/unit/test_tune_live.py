@@ -23,7 +23,7 @@ from grbench.execution.records import Status
 from grbench.execution.session import CellSession
 from grbench.execution.session import Measured as Cell
 from grbench.report.frame import load_samples
-from grbench.tune import config, limits, live
+from grbench.tune import config, limits, live, rates
 from grbench.tune.certification import MOST
 from grbench.tune.live import LiveEvaluator
 from grbench.tune.outcome import Configuration, Outcome, Probe
@@ -405,17 +405,41 @@ def test_a_probe_is_stopped_by_the_widest_limit_of_the_search(
     assert sure.latency_limit_ms == certified and not getattr(sure.scenario, "stop_hopeless", False)
 
 
-def test_a_rate_that_was_stopped_under_a_tighter_limit_is_open(tmp_path: Path) -> None:
-    first = evaluator(Measured(tmp_path, {}), tmp_path, "latency_ms.p99=20")
-    spec = compose_spec(first.words(DEFAULT, SERVER))[0]
-    folder = tmp_path / "cell"
-    record = write_cell(folder, status=Status.STOPPED)
+def keep(folder: Path, words: list[str], status: Status = Status.OK, **metrics: float) -> None:
+    """Write the record of an earlier cell that this code on this machine would make again."""
+    record, spec = write_cell(folder, status=status), compose_spec(words)[0]
     record.spec, record.files, record.spec_hash = spec.to_dict(), spec.file_contents(), spec.hash
     record.environment = describe_environment(spec.packages)
+    record.gate["measured"] = {"passed": True}
+    record.metrics.update(metrics)
     records.save(record, folder)
+
+
+@pytest.mark.parametrize("certifies", [False, True])
+def test_a_rate_that_was_stopped_under_a_tighter_limit_is_open(tmp_path: Path, certifies: bool) -> None:
+    first = evaluator(Measured(tmp_path, {}), tmp_path, "latency_ms.p99=20")
+    probe = Probe(100.0, 12_000, 101) if certifies else SERVER
+    keep(tmp_path / "cell", [*first.words(DEFAULT, probe), "scenario.stop_hopeless=true"], Status.STOPPED)
     same, wider = (evaluator(Measured(tmp_path, {}), tmp_path, f"latency_ms.p99={bound}") for bound in (20, 300))
-    assert [outcome.status for _, outcome in same.known(DEFAULT)] == ["STOPPED"]
-    assert wider.known(DEFAULT) == []
+    found, gone = (its.certifying(DEFAULT) if certifies else its.known(DEFAULT) for its in (same, wider))
+    assert [outcome.status for _, outcome in found] == ["STOPPED"] and gone == []
+
+
+@pytest.mark.parametrize("rate, known", [(100, True), (200, False)])
+def test_a_search_at_a_rate_takes_over_probes_at_this_rate_alone(tmp_path: Path, rate: int, known: bool) -> None:
+    first = evaluator(Measured(tmp_path, {}), tmp_path)
+    at = rates.rate_of(rates.step_below(100))
+    for probe in (Probe(at, 12_000), Probe(at, 12_000, 101)):
+        keep(tmp_path / f"seed {probe.seed}", first.words(DEFAULT, probe))
+    later = evaluator(Measured(tmp_path, {}), tmp_path, "objective=latency", f"rate={rate}")
+    assert [len(later.known(DEFAULT)), len(later.certifying(DEFAULT))] == [int(known), int(known)]
+
+
+def test_a_run_with_fewer_answers_compared_certifies_nothing(tmp_path: Path) -> None:
+    first = evaluator(Measured(tmp_path, {}), tmp_path, "gate.measured=8")
+    keep(tmp_path / "cell", first.words(DEFAULT, Probe(100.0, 12_000, 101)))
+    for words, found in (([], 0), (["gate.measured=8"], 1)):
+        assert len(evaluator(Measured(tmp_path, {}), tmp_path, *words).certifying(DEFAULT)) == found
 
 
 @pytest.mark.parametrize("bound, valid", [(20, 1.0), (300, 1.0), (10, None)])
@@ -424,14 +448,8 @@ def test_a_run_that_certified_under_another_limit_is_not_measured_again(
 ) -> None:
     first = evaluator(Measured(tmp_path, {}), tmp_path, "latency_ms.p99=20")
     sure = Probe(100.0, 12_000, 101)
-    spec = compose_spec(first.words(DEFAULT, sure))[0]
     folder = tmp_path / "cell"
-    record = write_cell(folder, status=Status.OK)
-    record.spec, record.files, record.spec_hash = spec.to_dict(), spec.file_contents(), spec.hash
-    record.environment = describe_environment(spec.packages)
-    record.gate["measured"] = {"passed": True}
-    record.metrics["loadgen_valid"] = 1.0
-    records.save(record, folder)
+    keep(folder, first.words(DEFAULT, sure), loadgen_valid=1.0)
 
     measures = evaluator(Measured(tmp_path, {}), tmp_path, f"latency_ms.p99={bound}", "budget=0cells")
     assert measures.known(DEFAULT) == []  # the search does not see the seeds that judge it
