@@ -118,6 +118,7 @@ class Deployment:
     limits: dict[str, float] = field(default_factory=dict)  # largest value, by name
     strategies: list[Strategy] = field(default_factory=list)
     degrade: list[Step] = field(default_factory=list)
+    config_dir: str | None = option(None, "absolute path of the folder with your own YAML files, if overrides need it")
 
     def specs(self, source: str | Path = "deployment") -> dict[str, RunSpec]:
         """Return the composed configuration of each strategy, by name.
@@ -130,7 +131,7 @@ class Deployment:
         for number, strategy in enumerate(self.strategies):
             key = f"strategies[{number}].overrides"
             try:
-                spec, _ = compose_spec(_with_task(strategy.overrides, self.task))
+                spec, _ = compose_spec(_with_task(strategy.overrides, self.task), self.config_dir)
                 require_weights(spec)
             except ConfigError as e:
                 raise ConfigError(f"{source}: {key}: {e}") from None
@@ -189,6 +190,8 @@ def save(deployment: Deployment, path: str | Path, remark: str = "") -> None:
 def _problems(deployment: Deployment) -> Iterator[str]:
     """Yield a line for each thing that is wrong, with its key and what is allowed."""
     yield from violations(deployment)
+    if (folder := deployment.config_dir) is not None and not (Path(folder).is_absolute() and Path(folder).is_dir()):
+        yield f"config_dir={folder}: allowed is the absolute path of a folder that exists, with your own YAML files"
     for name, value in deployment.limits.items():
         if not any(re.fullmatch(pattern, name) for pattern in LIMITS):
             yield f"limits.{name}: no such limit; allowed are such as {', '.join(LIMITS.values())}"

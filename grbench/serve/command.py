@@ -7,11 +7,12 @@ import asyncio
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 from grbench.config.arguments import Arguments, CommandError
 from grbench.config.schema import ConfigError
-from grbench.deployment import Deployment
 from grbench.execution.ranks import asked_by, gpus_of
 from grbench.serve.logs import Log
 from grbench.serve.options import SWITCH_S, bound, deployment_of, parse
@@ -40,9 +41,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(words: Sequence[str]) -> int:
     """Run the command. Exit codes: 0 a signal ended it, 1 nothing can serve, 2 what was given is wrong."""
-    given = parser().parse_intermixed_args(words).overrides
-    config, file, overrides = parse(given)
-    deployment = deployment_of(file, overrides)
+    args = parser().parse_intermixed_args(words)
+    config, file, overrides = parse(args.overrides)
+    config_dir = None if args.config_dir is None else str(Path(args.config_dir).absolute())
+    load = partial(deployment_of, file, overrides, config_dir)
+    deployment = load()
     specs = deployment.specs(file or "grbench serve")
     engines = [spec.engine for spec in specs.values()]
     if config.replicas > 1 and max(map(gpus_of, engines)) > 1:
@@ -54,15 +57,12 @@ def main(words: Sequence[str]) -> int:
     if config.replicas > 1:
         from grbench.serve.replicas import serve_replicas
 
-        serve_replicas(config, given, Log())
+        serve_replicas(config, args.overrides, config_dir, Log())
         return 0
     sys.setswitchinterval(SWITCH_S)
     import uvloop
 
     from grbench.serve.server import serve
-
-    def load() -> Deployment:
-        return deployment_of(file, overrides)
 
     with bound(config.host, config.port, "port") as listener:
         try:

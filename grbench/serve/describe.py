@@ -86,6 +86,7 @@ def status(service: Service) -> dict[str, Any]:
         "limits": deployment.limits,
         "workload": present.spec.workload.name if present else "",
         "workload_overrides": _overrides(present.spec.workload) if present else [],
+        "config_dir": deployment.config_dir,
         "items": present.bounds.catalogue.num_items if present else 0,
         "actions": present.bounds.catalogue.num_actions if present else 0,
         "state": "draining" if service.draining else "ready" if service.ready else "not ready",

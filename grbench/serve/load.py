@@ -34,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str]) -> int:
     """Run the command: a run with engine=remote. Exit codes: as of a run; 2 also where no server answers."""
     args, flags = parser().parse_known_args(words)
-    return command.main([*flags, *as_run(args.overrides)], partial(_require_servers, words))
+    own = [] if args.config_dir is None else ["--config-dir", args.config_dir]
+    return command.main([*flags, *own, *as_run(args.overrides)], partial(_require_servers, words))
 
 
 def _require_servers(words: Sequence[str], jobs: Sequence[Job]) -> None:
@@ -65,8 +66,9 @@ def _require_servers(words: Sequence[str], jobs: Sequence[Job]) -> None:
                     catalogues[key] = _catalogue(spec.workload)
                 known = catalogues[key]
             if asked := differences(status, spec.task, known, spec.seed, spec.model, spec.retrieval):
-                fixed = shlex.join(replaced(words, overrides(asked)))
-                again = f"; type python -m grbench load {fixed}"
+                theirs = status.get("config_dir")
+                own = ["--config-dir", theirs] if theirs and theirs not in words else []  # the last one of two counts
+                again = f"; type python -m grbench load {shlex.join([*replaced(words, overrides(asked)), *own])}"
                 raise ConfigError(f"{key_of(place)}: {refusal(client.url, status, asked)}{again}")
 
 

@@ -164,11 +164,16 @@ def parse(words: Sequence[str]) -> tuple[ServeConfig, str | None, list[str]]:
     return config, files[0] if files else None, overrides
 
 
-def deployment_of(file: str | None, overrides: Sequence[str]) -> Deployment:
-    """Return the deployment of a command line: the file's, or one strategy of the overrides. Raises ConfigError."""
+def deployment_of(file: str | None, overrides: Sequence[str], config_dir: str | None = None) -> Deployment:
+    """Return the deployment of a command line: the file's, or one strategy of the overrides. Raises ConfigError.
+
+    config_dir: folder of the user's own YAML files, an absolute path; a file names its own.
+    """
     if file is not None:
+        if config_dir is not None:
+            raise ConfigError(f"--config-dir: deployment=FILE names the folder; write config_dir: {config_dir} into it")
         return deployment.load(file)
-    spec, _ = compose_spec(overrides, refuse_unread=True)
+    spec, _ = compose_spec(overrides, config_dir, refuse_unread=True)
     require_weights(spec)
     own = [word for word in overrides if not word.startswith("task=")]
     is_limited = spec.latency_limit_ms != RunConfig.latency_limit_ms or any(
@@ -179,6 +184,7 @@ def deployment_of(file: str | None, overrides: Sequence[str]) -> Deployment:
         task=spec.task,
         limits={"latency_ms.p99": spec.latency_limit_ms} if is_limited else {},
         strategies=[Strategy(spec.engine.name, own or [f"engine={spec.engine.name}"])],
+        config_dir=config_dir,
     )
 
 

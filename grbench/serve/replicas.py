@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,13 @@ LOCAL = "local"  # Ray's address of a cluster that begins and ends with this pro
 class Replica:
     """A server in an actor of Ray. Its methods run on the actor's event loop.
 
-    is_spread: HAProxy may be on another machine, so the replica listens on its machine's address in the cluster.
+    config_dir: folder of the user's own YAML files, which the words need. is_spread: HAProxy may be on another machine,
+    so the replica listens on its machine's address in the cluster.
     """
 
-    def __init__(self, number: int, words: Sequence[str], is_spread: bool) -> None:
+    def __init__(self, number: int, words: Sequence[str], config_dir: str | None, is_spread: bool) -> None:
         sys.setswitchinterval(SWITCH_S)
-        self._number, self._words, self._is_spread = number, words, is_spread
+        self._number, self._words, self._config_dir, self._is_spread = number, words, config_dir, is_spread
         self._ended = asyncio.Event()
         self._reload = asyncio.Event()
 
@@ -67,10 +68,7 @@ class Replica:
         from grbench.serve.server import serve
 
         config, file, overrides = self._parsed
-
-        def load() -> Any:
-            return deployment_of(file, overrides)
-
+        load = partial(deployment_of, file, overrides, self._config_dir)
         with bound(config.host, config.port, "replica_port") as listener:
             await serve(load(), file, config, Log(), listener, load, self._ended, self._reload)
 
@@ -100,8 +98,11 @@ def words_of(words: Sequence[str], config: ServeConfig, number: int) -> list[str
     return [*(word for word in words if not word.startswith(taken)), *own]
 
 
-def serve_replicas(config: ServeConfig, words: Sequence[str], log: Log) -> None:
-    """Serve until SIGTERM or SIGINT; SIGHUP makes all replicas reload at once. Raises CommandError."""
+def serve_replicas(config: ServeConfig, words: Sequence[str], config_dir: str | None, log: Log) -> None:
+    """Serve until SIGTERM or SIGINT; SIGHUP makes all replicas reload at once. Raises CommandError.
+
+    words, config_dir: of the command.
+    """
     if find_spec("ray") is None:
         raise CommandError("package ray is not installed, and it starts replicas; pip install 'grbench[ray]'", 1)
     cluster = os.environ.get("RAY_ADDRESS") or LOCAL
@@ -126,7 +127,8 @@ def serve_replicas(config: ServeConfig, words: Sequence[str], log: Log) -> None:
             signal.signal(number, lambda *_, event=event: event.set())  # after Ray, which has handlers of its own
         actor = _actor(ray, config.replicas)
         replicas = [
-            actor.remote(n, words_of(words, config, n), cluster != LOCAL) for n in range(1, config.replicas + 1)
+            actor.remote(n, words_of(words, config, n), config_dir, cluster != LOCAL)
+            for n in range(1, config.replicas + 1)
         ]
         _serve(config, ray, replicas, ending, reloading, log)
     except ray.exceptions.RayTaskError as e:

@@ -45,20 +45,30 @@ def write(found: Answer, declared: Declared, folder: Path) -> Path:
     remarks = [] if found.certified else [f"The strategy is {answer.proof(found)}."]
     if found.trial.refuted:
         remarks.append(f"It failed its certification at {found.trial.refuted}.")
-    deployment.save(Deployment(deployment.VERSION, declared.task, limits, [strategy]), path, " ".join(remarks))
+    own = None if declared.config_dir is None else str(Path(declared.config_dir).absolute())
+    made = Deployment(deployment.VERSION, declared.task, limits, [strategy], config_dir=own)
+    deployment.save(made, path, " ".join(remarks))
     return path
 
 
 def _from_anywhere(words: list[str], declared: Declared) -> list[str]:
-    """Return overrides with absolute paths, because a server may start in another folder."""
+    """Return overrides with absolute paths, because a server may start in another folder.
+
+    A path that stands in a YAML file, such as one of the user's own, becomes an override.
+    """
     spec, _ = compose_spec([*words, f"task={declared.task}"], declared.config_dir)
     paths = files(spec) | {STORAGE: getattr(spec.cache, "storage_path", "")}
     found = []
     for word in words:
         key = word.partition("=")[0]
         path = paths.get(key.lstrip("+"))
-        found.append(f"{key}={quoted(str(Path(path).absolute()))}" if path else word)
-    return found
+        found.append(f"{key}={_absolute(path)}" if path else word)
+    typed = {word.lstrip("+").partition("=")[0] for word in words}
+    return [*found, *(f"{key}={_absolute(path)}" for key, path in paths.items() if path and key not in typed)]
+
+
+def _absolute(path: str) -> str:
+    return quoted(str(Path(path).absolute()))
 
 
 def _besides(word: str) -> bool:

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import yaml
 from helpers.command import Grbench
 from helpers.forks import fork_command, printed_lines
 from helpers.serving import (
@@ -38,6 +39,7 @@ from helpers.serving import (
 from grbench.config.arguments import replaced
 from grbench.execution.records import Status
 from grbench.report.frame import read_cells
+from grbench.serve.options import deployment_of
 from grengines import registry
 from grengines.api import Catalogue, Setup, UnavailableError
 from grengines.hstu.engine import HSTUEngine
@@ -767,6 +769,52 @@ def test_signals_reload_and_end_it(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGTERM)
         until("ended")
         assert process.wait(60) == 0
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_a_deployment_of_ones_own_groups_is_served_from_another_folder(grbench_here: Grbench, tmp_path: Path) -> None:
+    """A reload finds them too, and the line of a refused load names their folder."""
+    own = tmp_path / "own"
+    for group, base, options in (("workload", "synthetic", "items: 300"), ("model", "hstu", "layers: 1")):
+        (own / group).mkdir(parents=True)
+        text = f"defaults: [/schema/{group}/{base}@_here_, _self_]\nname: mine\n{options}\n"
+        (own / group / "mine.yaml").write_text(text)
+    words = [word for word in TINY if not word.startswith(("model=", "workload"))] + ["workload.visits=40"]
+    words += ["model=mine", "workload=mine"]
+    content = {"version": 1, "task": "rank", "strategies": [{"name": "a", "overrides": [*words, "engine=hstu"]}]}
+    (tmp_path / "best.yaml").write_text(yaml.safe_dump(content | {"config_dir": str(own)}))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    process = fork_command(elsewhere, "serve", "deployment=../best.yaml", "serve.port=0", "serve.grpc_port=null")
+    try:
+        said = map(json.loads, printed_lines(elsewhere / "err.txt", process))
+        port = next(line["port"] for line in said if line["event"] == "listening")
+        assert any(line["event"] == "ready" for line in said)
+        served = Serving(port, 0, None, "mine")  # type: ignore[arg-type]
+        assert served.call("/reload", b"")[0] == 200
+        assert served.call("/status")[1]["config_dir"] == str(own)
+        done = grbench_here("load", f"url={served.url}", *QUICK)
+        assert done.returncode == 2 and "workload=mine" in done.stderr
+        command = shlex.split(done.stderr.rstrip().split("; type python -m grbench ")[1])
+        assert command[-2:] == ["--config-dir", str(own)]
+        done = grbench_here(*command)
+        assert done.returncode == 0, done.stderr
+        [(_, record)] = read_cells([Path("outputs")])
+        assert record.spec["workload"]["name"] == record.spec["model"]["name"] == "mine"
+    finally:
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+def test_a_folder_of_ones_own_groups_is_typed_or_in_the_file(grbench_here: Grbench, tmp_path: Path) -> None:
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    (tmp_path / "own" / "model" / "mine.yaml").write_text("defaults: [/schema/model/hstu@_here_]\nname: mine\n")
+    words = ["engine=hstu", "model=mine"]
+    assert deployment_of(None, words, str(tmp_path / "own")).specs()["hstu"].model.name == "mine"
+    done = grbench_here("serve", "--config-dir", "own", "deployment=best.yaml")
+    folder = tmp_path / "own"
+    said = f"--config-dir: deployment=FILE names the folder; write config_dir: {folder} into it"
+    assert done.returncode == 2 and done.stderr == f"grbench serve: {said}\n"
 
 
 def test_a_signal_ends_a_server_whose_engine_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

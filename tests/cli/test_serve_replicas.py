@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import http.server
@@ -267,8 +268,26 @@ def test_a_replica_listens_where_haproxy_reaches_it_and_reads_its_words_once(
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(util=util))
     reads: list[Sequence[str]] = []
     monkeypatch.setattr(replicas, "parse", lambda words: (reads.append(words), parse(words))[1])
-    replica = Replica(1, words_of(["serve.host=0.0.0.0"], ServeConfig(), 1), is_spread)
+    replica = Replica(1, words_of(["serve.host=0.0.0.0"], ServeConfig(), 1), None, is_spread)
     assert replica.address() == replica.address() == Address(1, host, 8100, 8101) and len(reads) == 1
+
+
+def test_a_replica_finds_ones_own_groups(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [/schema/model/hstu@_here_]\nname: mine\nlayers: 1\n")
+    [port] = free_ports(1)
+    words = [*TINY, "engine=hstu", "model=mine"]
+    replica = Replica(1, words_of(words, ServeConfig(replica_port=port, grpc_port=None), 1), str(tmp_path), False)
+    client = Client(f"http://127.0.0.1:{port}")
+
+    async def run() -> None:
+        running = asyncio.create_task(replica.run())
+        asked = asyncio.create_task(asyncio.to_thread(client.wait_until_ready, 60))
+        await asyncio.wait([running, asked], return_when=asyncio.FIRST_COMPLETED)
+        replica.end()
+        await running
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(

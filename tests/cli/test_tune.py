@@ -143,6 +143,30 @@ def test_a_small_search_writes_its_cells_its_page_and_a_deployment(grbench_here:
 
 
 @pytest.mark.usefixtures("forked_workers")
+def test_a_deployment_of_ones_own_groups_is_found_from_another_folder(
+    grbench_here: Grbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file names the folder of the groups, and the path of the data that only a group has."""
+    (tmp_path / "own" / "workload").mkdir(parents=True)
+    of = "defaults: [/schema/workload/csv@_here_, _self_]\nname: mine\npath: log.csv\nnum_candidates: 4\n"
+    (tmp_path / "own" / "workload" / "mine.yaml").write_text(of)
+    rows = [f"{user},{item},{item * 5000}" for user in (1, 2) for item in range(30)]
+    (tmp_path / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
+    words = [word for word in TINY if not word.startswith("workload")]
+    words += ["scenario.max_batch=4", "latency_ms.p50=60000", "certify_runs=0", "probe_s=1", "budget=1cells"]
+    words += ["objective=latency", "rate=400", "space=typed", "workload=mine"]
+    done = grbench_here("tune", "--config-dir", "own", *words)
+    assert done.returncode == 0, done.stderr
+    [file] = (tmp_path / "outputs" / "tune").glob("*/best.yaml")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded = deployment.load(file)
+    assert loaded.config_dir == str(tmp_path / "own")
+    [spec] = loaded.specs(file).values()
+    assert (spec.workload.name, spec.workload.path) == ("mine", str(tmp_path / "log.csv"))
+
+
+@pytest.mark.usefixtures("forked_workers")
 def test_a_certified_answer_is_certified_under_another_limit_without_measuring(
     grbench_here: Grbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

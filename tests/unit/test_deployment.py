@@ -70,6 +70,8 @@ def changed(**values: Any) -> dict[str, Any]:
         (changed(degrade=[{"name": "x"}]), "degrade[0]: no change; a step has one of max_candidates"),
         (changed(degrade=[{"name": "x", "strategy": "b"}]), "degrade[0].strategy=b: allowed are a"),
         (changed(degrade=[{"name": "x", "max_history": 5, "max_candidates": 5}]), "max_candidates and max_history"),
+        (changed(config_dir="own"), "config_dir=own: allowed is the absolute path of a folder that exists"),
+        (changed(config_dir="/no/such/folder"), "config_dir=/no/such/folder: allowed is the absolute path of a folder"),
         (["engine=hstu"], "not a deployment; it is a mapping with the keys version, task, limits"),
     ],
 )  # fmt: skip
