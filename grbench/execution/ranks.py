@@ -76,11 +76,19 @@ def to_spec_here(cfg: DictConfig) -> tuple[RunSpec, RunConfig]:
     Raises as it does, and ConfigError for what an engine can't have on a CPU, where this machine has no GPU.
     """
     spec, run = to_spec(cfg)
-    if run.runner.cluster == "none" and (engine := _on_cpu(spec.engine)) != spec.engine and not visible_gpus():
-        asked = Asked(spec.task, spec.model, spec.kernel.requested(), spec.cache)
-        if problem := registry.contradiction(engine, asked):
-            raise ConfigError(f"this machine has no GPU, so device=auto is cpu: {problem}")
+    if run.runner.cluster == "none" and (problem := lacking_here(spec)):
+        raise ConfigError(problem)
     return spec, run
+
+
+def lacking_here(spec: RunSpec) -> str | None:
+    """Return None, or what an engine of this machine can't have, because the machine has no GPU."""
+    engine = _on_cpu(spec.engine)
+    if engine == spec.engine or visible_gpus():
+        return None
+    asked = Asked(spec.task, spec.model, spec.kernel.requested(), spec.cache)
+    problem = registry.contradiction(engine, asked)
+    return problem and f"this machine has no GPU, so device=auto is cpu: {problem}"
 
 
 def _on_cpu(options: Any) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from grbench.config.arguments import Arguments, CommandError
 from grbench.config.schema import ConfigError
-from grbench.execution.ranks import asked_by, gpus_of
+from grbench.execution.ranks import asked_by, gpus_of, lacking_here
 from grbench.serve.logs import Log
 from grbench.serve.options import SWITCH_S, bound, deployment_of, parse
 
@@ -52,6 +52,10 @@ def main(words: Sequence[str]) -> int:
         raise ConfigError(
             f"serve.replicas={config.replicas} and {asked_by(engines)}: a replica has one GPU; set one of them to 1"
         )
+    if not (config.replicas > 1 and os.environ.get("RAY_ADDRESS")):  # else the engines are on other machines
+        lacking = [lacking_here(spec) for spec in specs.values()]
+        if all(lacking):  # else the others serve
+            raise ConfigError(f"{file}: strategies[0].overrides: {lacking[0]}" if file else str(lacking[0]))
     if missing := [name for name in MODULES if not find_spec(name)]:
         raise CommandError(f"package {missing[0]} is not installed; pip install 'grbench[serve]'", 1)
     if config.replicas > 1:

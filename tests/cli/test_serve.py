@@ -711,6 +711,33 @@ def test_a_wrong_command_is_refused(grbench_here: Grbench, words: list[str], err
     assert error in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_what_a_cpu_lacks_is_refused_before_an_engine_starts_unless_another_strategy_serves(
+    grbench_here: Grbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    lacking = "this machine has no GPU, so device=auto is cpu: engine.precision=bf16 and engine.device=cpu: ONNX"
+    bf16 = ["engine=onnxruntime", "engine.precision=bf16"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # so that no server starts
+        port = f"serve.port={taken.getsockname()[1]}"
+
+        def refusal(*words: str) -> str:
+            done = grbench_here("serve", *words, port)
+            assert done.returncode == 2 and done.stderr.count("\n") == 1
+            return done.stderr
+
+        assert refusal(*bf16).startswith(f"grbench serve: {lacking}")
+        strategies: list[Any] = [{"name": "fast", "overrides": bf16}]
+        deployment = {"version": 1, "task": "rank", "strategies": strategies}
+        (tmp_path / "best.yaml").write_text(yaml.safe_dump(deployment))
+        at = "grbench serve: best.yaml: strategies[0].overrides: "
+        assert refusal("deployment=best.yaml").startswith(at + lacking)
+        strategies.append({"name": "sure", "overrides": ["engine=hstu"]})
+        (tmp_path / "best.yaml").write_text(yaml.safe_dump(deployment))
+        assert port in refusal("deployment=best.yaml")
+        monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+        assert "with RAY_ADDRESS=10.0.0.1:6379 replicas are on" in refusal(*bf16, "serve.replicas=2")
+
+
 def test_a_wrong_row_of_the_workload_ends_it_with_one_line(grbench_here: Grbench, tmp_path: Path) -> None:
     (tmp_path / "e.csv").write_text("userId,movieId,timestamp\n1,2,3\n1,x,soon\n")
     done = grbench_here(
