@@ -10,17 +10,28 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from grengines import registry
 from grengines.api import RANDOM, BatchResult, GenerateResult, RankResult, Request, Setup, Tier, UnavailableError
 from grengines.models.hstu.config import HSTUConfig
+from grengines.options import DeviceOptions
 from grengines.runtime.batch import Encoding
 from grengines.runtime.buckets import token_count
-from grengines.runtime.device import DTYPES, PRODUCTS, Placement
+from grengines.runtime.device import DTYPES, PRODUCTS, Placement, chosen_device
 from grengines.runtime.native import native
 from grengines.runtime.timing import Turn, Turns
 from grengines.semantic.search import check_width
 
 Part = TypeVar("Part")
 Result = TypeVar("Result", bound=BatchResult)
+
+
+def placement_of(options: DeviceOptions) -> Placement:
+    """Resolve `auto`: cuda if there is a GPU, and the precision by the engine's row.
+
+    Raises UnavailableError for cuda if PyTorch can't use a GPU.
+    """
+    device = chosen_device(options)
+    return Placement(device, registry.precision_of(options, device.type == "cuda"), options.cpu_threads)
 
 
 class EngineBase(ABC):

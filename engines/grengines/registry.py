@@ -34,7 +34,7 @@ from grengines.pipeline.config import STAGES, PipelineConfig
 from grengines.refusals import Asked, cache_of_ranking
 from grengines.remote import config as remote_engine
 from grengines.remote.config import RemoteConfig
-from grengines.spec import CacheOptions, EngineOptions, EngineSpec, ModelOptions, ModelSpec, Package
+from grengines.spec import CacheOptions, EngineOptions, EngineSpec, ModelOptions, ModelSpec, Package, PrecisionOptions
 from grengines.tensorrt import config as tensorrt_engine
 from grengines.tensorrt import library as tensorrt
 from grengines.tensorrt.config import TensorRTConfig
@@ -217,6 +217,11 @@ def _variant_mismatch(spec: EngineSpec, model: ModelOptions) -> str | None:
 def auto_precision(name: str, on_gpu: bool) -> str:
     """Return what engine.precision=auto is on a device. Raises ValueError for an unknown name."""
     return get(name).auto_precision[0 if on_gpu else 1]
+
+
+def precision_of(options: PrecisionOptions, on_gpu: bool) -> str:
+    """Return the precision that an engine's options ask for: for `auto`, that of the engine's row."""
+    return options.precision if options.precision != "auto" else auto_precision(options.name, on_gpu)
 
 
 def one_at_a_time(name: str) -> str | None:

@@ -24,6 +24,12 @@ class EngineOptions(Protocol):
     name: str
 
 
+class PrecisionOptions(EngineOptions, Protocol):
+    """Options of an engine that has a precision."""
+
+    precision: str
+
+
 @dataclass(frozen=True)
 class Package:
     """An optional package that an engine needs."""

@@ -49,10 +49,9 @@ import time
 
 import torch
 
-from grengines.base import RankingEngine
+from grengines.base import RankingEngine, placement_of
 from grengines.models.hstu.model import build_model
 from grengines.runtime.batch import pack
-from grengines.runtime.device import Placement
 from grengines.runtime.results import collect
 from grengines.runtime.timing import Marks
 from grkernels.operators import Operators
@@ -62,7 +61,7 @@ class ToyEngine(RankingEngine):
     name = "toy"
 
     def __init__(self, options, setup):
-        super().__init__(setup, Placement.of(options))
+        super().__init__(setup, placement_of(options))
         self._options, self._ranker = options, None
 
     def _load(self, sample, max_batch):

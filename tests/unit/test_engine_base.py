@@ -12,7 +12,7 @@ import torch
 from helpers.hstu_oracle import make_requests
 
 from grengines.api import Catalogue, RankResult, Request, Setup, UnavailableError
-from grengines.base import RankingEngine
+from grengines.base import RankingEngine, placement_of
 from grengines.cache.config import CacheConfig
 from grengines.models.hstu.config import HSTUConfig
 from grengines.options import DeviceOptions
@@ -149,7 +149,7 @@ def test_common_facts_are_there_and_an_engines_own_win() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_placement_resolves_auto_and_refuses_a_missing_gpu() -> None:
-    assert Placement.of(DeviceOptions("hstu", cpu_threads=2)) == Placement(CPU, "fp32", 2)
-    assert Placement.of(DeviceOptions("hstu", device="cpu", precision="bf16")).precision == "bf16"
+    assert placement_of(DeviceOptions("hstu", cpu_threads=2)) == Placement(CPU, "fp32", 2)
+    assert placement_of(DeviceOptions("hstu", device="cpu", precision="bf16")).precision == "bf16"
     with pytest.raises(UnavailableError, match=r"engine\.device=cuda: .*; use engine\.device=cpu"):
-        Placement.of(DeviceOptions(device="cuda"))
+        placement_of(DeviceOptions(device="cuda"))

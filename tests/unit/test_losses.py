@@ -21,9 +21,8 @@ from grbench.report import losses
 from grbench.report.frame import read_cells
 from grbench.report.losses import options_of_spec, with_losses
 from grbench.report.losses_command import main
-from grengines import registry
-from grengines.onnxruntime.session import placement_of
-from grengines.runtime.device import Placement
+from grengines import base, registry
+from grengines.onnxruntime import session
 
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "reports/quality"
@@ -192,7 +191,7 @@ def test_an_engine_and_the_losses_read_auto_from_the_row_of_the_engine(
 ) -> None:
     """A row with other precisions changes both."""
     spec, _ = compose_spec([f"engine={engine}", "engine.device=cpu"])
-    place: Any = {"hstu": Placement.of, "onnxruntime": placement_of}[engine]
+    place: Any = {"hstu": base.placement_of, "onnxruntime": session.placement_of}[engine]
     for expected in ("fp32", "fp16"):
         row = dataclasses.replace(registry.get(engine), auto_precision=("bf16", expected))
         monkeypatch.setitem(registry.ENGINES, engine, row)

@@ -94,6 +94,13 @@ def test_packages_import_downwards_only() -> None:
     assert not upward, "\n".join(upward)
 
 
+def test_the_runtime_of_engines_knows_no_row_of_an_engine() -> None:
+    high = {"grengines.registry", "grengines.base", "grengines.spec"}
+    runtime = {name: targets & high for name, targets in graph().items() if name.startswith("grengines.runtime.")}
+    assert len(runtime) > 5
+    assert not {name: targets for name, targets in runtime.items() if targets}
+
+
 @pytest.mark.parametrize("module", ["grbench.config", "grengines.registry", "grkernels.registry"])
 def test_composing_stays_light(module: str) -> None:
     """Composing and --help import no framework and no engine."""

@@ -17,6 +17,7 @@ from grengines.aoti.config import VARIANTS, AOTIEngineConfig
 from grengines.aoti.package import Facts, Inputs, Package
 from grengines.aoti.paged import PagedRanker
 from grengines.api import RankResult, Request, Setup
+from grengines.base import placement_of
 from grengines.cache.config import stored
 from grengines.export.attention import adapted
 from grengines.export.identity import model_hash
@@ -27,7 +28,6 @@ from grengines.models.hstu.model import build_model
 from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.batch import Bucket, HostBatch, JaggedBatch, Layout, pack
 from grengines.runtime.buckets import plan_buckets
-from grengines.runtime.device import Placement
 from grengines.runtime.graph_costs import Queue, Runner, capture, fillings
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.profile import Sizes, check, profiles
@@ -46,7 +46,7 @@ class AOTIEngine(CachingRankingEngine):
     name = "aoti"
 
     def __init__(self, options: AOTIEngineConfig, setup: Setup) -> None:
-        super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
+        super().__init__(setup, placement_of(options), cuda_graphs=options.cuda_graphs == "true")
         self._options = options
         self._asked = options.cuda_graphs if self._cuda else "false"
         operators = {

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from grengines.api import GenerateResult, Request, Setup
-from grengines.base import GeneratingEngine
+from grengines.base import GeneratingEngine, placement_of
 from grengines.hf.config import HFEngineConfig
 from grengines.hf.models import PaddedDecoder, PaddedHSTU, PaddedModel
 from grengines.hf.search import pad, search
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.decoder.model import Decoder
 from grengines.models.hstu.generator import HSTUGenerator
-from grengines.runtime.device import Placement
 from grengines.runtime.results import collect_items, one_tensor
 from grengines.runtime.timing import Marks
 from grengines.semantic.trie import TensorTrie, Trie
@@ -34,7 +33,7 @@ class HFEngine(GeneratingEngine):
     name = "hf"
 
     def __init__(self, options: HFEngineConfig, setup: Setup) -> None:
-        super().__init__(setup, Placement.of(options))
+        super().__init__(setup, placement_of(options))
         self._model: PaddedModel | None = None
         self._trie: TensorTrie | None = None
         self._parameters = 0

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from grengines.api import RankResult, Request, Setup, UnavailableError
+from grengines.base import placement_of
 from grengines.cache.config import stored
 from grengines.cache.item_shards import ItemShards
 from grengines.cache.items import HotRows
@@ -25,7 +26,7 @@ from grengines.models.hstu.shard import shard
 from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.batch import Bucket, HostBatch, Layout, pack_slices
 from grengines.runtime.buckets import first_batches, plan_buckets
-from grengines.runtime.device import PRODUCTS, Placement
+from grengines.runtime.device import PRODUCTS
 from grengines.runtime.graph_costs import Queue, Runner, capture, fillings
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import collect
@@ -46,7 +47,7 @@ class HSTUEngine(CachingRankingEngine):
     name = "hstu"
 
     def __init__(self, options: HSTUEngineConfig, setup: Setup) -> None:
-        super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
+        super().__init__(setup, placement_of(options), cuda_graphs=options.cuda_graphs == "true")
         self._options = options
         self._ranks = options.tensor_parallel
         one_launch = self._cuda and not options.candidate_microbatch

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grengines.api import GenerateResult, Request, Setup
-from grengines.base import GeneratingEngine
+from grengines.base import GeneratingEngine, placement_of
 from grengines.cache.pool import PagePool
 from grengines.hstu.config import HSTUEngineConfig, graphs_asked
 from grengines.hstu.passes import follow_search, search
@@ -22,7 +22,6 @@ from grengines.models.hstu.shard import shard
 from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.batch import Bucket
 from grengines.runtime.buckets import even_buckets, first_batches, length_buckets
-from grengines.runtime.device import Placement
 from grengines.runtime.graph_costs import Graphs, Queue, Runner, capture
 from grengines.runtime.graphs import GraphRunner
 from grengines.runtime.results import collect_items
@@ -47,7 +46,7 @@ class HSTURetriever(GeneratingEngine):
     name = "hstu"
 
     def __init__(self, options: HSTUEngineConfig, setup: Setup) -> None:
-        super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
+        super().__init__(setup, placement_of(options), cuda_graphs=options.cuda_graphs == "true")
         assert isinstance(setup.model, HSTUConfig), "the registry refuses other models"
         self._options, self._hstu = options, setup.model
         self._ranks = options.tensor_parallel

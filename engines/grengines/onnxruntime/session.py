@@ -8,10 +8,11 @@ from typing import Any
 import onnxruntime
 import torch
 
+from grengines import registry
 from grengines.api import UnavailableError
 from grengines.export.module import INPUTS, OUTPUT
 from grengines.onnxruntime.config import OnnxRuntimeConfig
-from grengines.runtime.device import CPU, Placement, precision_of
+from grengines.runtime.device import CPU, Placement
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _LEVELS = {
@@ -35,7 +36,7 @@ def placement_of(options: OnnxRuntimeConfig) -> Placement:
             f"engine.device=cuda: {why}; use engine.device=cpu, or pip install onnxruntime-gpu on a machine with a GPU"
         )
     on_gpu = usable and options.device != "cpu"
-    precision = precision_of(options, on_gpu)
+    precision = registry.precision_of(options, on_gpu)
     if precision == "bf16" and not on_gpu:
         raise UnavailableError(
             "engine.precision=bf16: ONNX Runtime's CPU provider has no bf16 kernels; use fp32, fp16 or int8"

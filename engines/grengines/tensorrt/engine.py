@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from grengines import registry
 from grengines.api import RankResult, Request, Setup, UnavailableError
 from grengines.base import RankingEngine
 from grengines.export import exporter
 from grengines.fallback import OutsideError
 from grengines.runtime.batch import Bucket, Layout, pack
 from grengines.runtime.buckets import Buckets, plan_buckets
-from grengines.runtime.device import Placement, precision_of
+from grengines.runtime.device import Placement
 from grengines.runtime.profile import Sizes, check, profiles
 from grengines.runtime.results import collect
 from grengines.runtime.timing import Marks
@@ -48,7 +49,7 @@ class TensorRTEngine(RankingEngine):
                 "python -m grbench build-plan --out PLAN"
             )
         device = torch.device("cuda", torch.cuda.current_device())
-        super().__init__(setup, Placement(device, precision_of(options, on_gpu=True)))
+        super().__init__(setup, Placement(device, registry.precision_of(options, on_gpu=True)))
         self._target = "{}.{}".format(*torch.cuda.get_device_capability(self._device))
         if reason := self._library.refusal(self._target):
             raise UnavailableError(f"{reason}; use engine=aoti here")

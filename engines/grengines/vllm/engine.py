@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from grengines.api import Finished, GenerateResult, Int64Array, Request, Setup, Tier
-from grengines.base import GeneratingEngine
+from grengines.base import GeneratingEngine, placement_of
 from grengines.cache.pool import page_bytes
 from grengines.models.decoder.config import DecoderConfig
 from grengines.models.decoder.weights import shapes
@@ -19,7 +19,6 @@ from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import PromptKeys
 from grengines.runtime import kernels as kernel_choice
 from grengines.runtime.buckets import first_batches
-from grengines.runtime.device import Placement
 from grengines.runtime.team import Alone, Team
 from grengines.semantic.ids import prompt_of
 from grengines.semantic.trie import Trie
@@ -48,7 +47,7 @@ class VLLMEngine(GeneratingEngine):
     name = "vllm"
 
     def __init__(self, options: VLLMEngineConfig, setup: Setup) -> None:
-        super().__init__(setup, Placement.of(options), cuda_graphs=options.cuda_graphs == "true")
+        super().__init__(setup, placement_of(options), cuda_graphs=options.cuda_graphs == "true")
         self._options, model, kernels = options, setup.model, setup.kernels
         self._stored = stored(options)
         if not isinstance(model, HSTUConfig):
