@@ -22,7 +22,7 @@ from grbench.config.arguments import CommandError
 from grbench.config.compose import CONFIG_DIR, all_read, explain, help_text, plan_jobs
 from grbench.config.jobs import Invocation, Job, Session
 from grbench.config.schema import ConfigError
-from grbench.execution.folders import made
+from grbench.execution.folders import new_folder
 
 MODES = ("run", "multirun", "cfg", "info", "shell_completion", "hydra_help")  # flags of Hydra that say what to do
 
@@ -62,7 +62,7 @@ def run(
     require(jobs)
     session: Session | None = None
     try:
-        with made(invocation.sweep or jobs[0].folder):
+        with new_folder(invocation.sweep or jobs[0].folder):
             session = new_session(jobs[0], dataclasses.replace(invocation, words=tuple(words)))
             for job in jobs:
                 session.run(job)

@@ -50,7 +50,7 @@ def only_command(root: Path, words: Sequence[str]) -> Iterator[None]:
     """
     name = hashlib.sha256("\0".join(sorted(words)).encode()).hexdigest()[:16]
     path = root / ".running" / name
-    with made(path.parent), _only_holder(path, root):
+    with new_folder(path.parent), _only_holder(path, root):
         yield
 
 
@@ -104,7 +104,7 @@ def _spec_of(folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def made(folder: Path) -> Iterator[None]:
+def new_folder(folder: Path) -> Iterator[None]:
     """Make a folder for results. If the block raises, what was made here and is still empty is removed."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:

@@ -47,7 +47,7 @@ class CellSession:
     """Runs cells and keeps their records. `end` ends it; `close` also prints the table.
 
     run: the options of the first cell. quiet: print no progress. rare: print only a line now and then of a cell that
-    takes long. gpus: the most that one of the cells takes. held: the caller holds the command line (`only_command`).
+    takes long. gpus: the most that one of the cells takes. alone: the caller holds the command line (`only_command`).
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class CellSession:
         quiet: bool = False,
         rare: bool = False,
         gpus: int = 1,
-        held: bool = False,
+        alone: bool = False,
     ) -> None:
         self._invocation, self._repeats = invocation, run.runner.repeats
         self._total = invocation.total * self._repeats
@@ -71,7 +71,7 @@ class CellSession:
         self._progress_screen, self._rare = Console(stderr=True, quiet=quiet), rare
         self._sweep_id = invocation.sweep.name if invocation.sweep else None
         with contextlib.ExitStack() as holds:  # a notebook may keep the error, and this with it
-            if self._sweep_id and not held:
+            if self._sweep_id and not alone:
                 holds.enter_context(only_command(self._root, invocation.words))
             self.parts = _parts(run, self._root, gpus)  # before anything is recorded, since a cluster may refuse them
             self._holds = holds.pop_all()

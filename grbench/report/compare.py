@@ -191,10 +191,11 @@ def _names(pairs: Sequence[tuple[RunRecord, RunRecord]], ignore: Sequence[str]) 
     """
     engines = [[engine_name(record.spec) for record in pair] for pair in pairs]
     names = [engines[0][0]] if len(pairs) == 1 else labels([base for base, _ in pairs], ignore)
-    return [
-        name if base == new else f"{base} -> {new} {f'{name} '.removeprefix(f'{base} ')}".rstrip()
-        for name, (base, new) in zip(names, engines, strict=True)
-    ]
+    found = []
+    for name, (base, new) in zip(names, engines, strict=True):
+        rest = f"{name} ".removeprefix(f"{base} ").rstrip()  # with the space, since hstu may begin another name
+        found.append(name if base == new else f"{base} -> {new} {rest}".rstrip())
+    return found
 
 
 def _notes_of_cells(*sides: Sequence[tuple[str, Sequence[Cell]]]) -> list[str]:
@@ -284,7 +285,7 @@ def which(records: Sequence[RunRecord], *ignore: str) -> str:
 
 
 def _changes(name: str, base: Sequence[Cell], new: Sequence[Cell], notes: list[str]) -> list[Change]:
-    """Return the changes of one cell. notes: takes a line on samples that can't be read."""
+    """Return the changes of one cell. notes: takes a line on samples that can't be read or are worth too few."""
     runs = [record for _, record in (*base, *new)]
     wanted = METRICS.get(str(runs[0].spec["scenario"]["name"]), LATENCIES)
     metrics = []

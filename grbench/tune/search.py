@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from grbench.report.cells import number_of
 from grbench.tune import rates
 from grbench.tune.certification import ROUNDING, plan, recall, reserve
 from grbench.tune.highest import COARSE, HighestRate
@@ -107,8 +108,8 @@ class Search:
             taken += [outcome for _, outcome in (*known, *certifying)]
             self._tell(trial)
         if taken:
-            count = _count(len(self._knowledge.trials), "configuration")
-            probes = _count(len(taken), "probe")
+            count = number_of(len(self._knowledge.trials), "configuration")
+            probes = number_of(len(taken), "probe")
             self._say(f"takes over {probes} of {count} from {_sources(taken)}, at no cost (rerun=true measures again)")
         for trial in self._knowledge.trials:
             if trial.refuted:
@@ -285,15 +286,11 @@ class Search:
         self._say(f"left out {len(alike)} of {reason}")
 
 
-def _count(number: int, name: str) -> str:
-    return f"{number} {name}{'s' * (number != 1)}"
-
-
 def _sources(outcomes: Iterable[Outcome]) -> str:
     """Return the folders of the searches and runs that measured outcomes: the newest three, and how many more."""
     folders = {outcome.folder.parent for outcome in outcomes if outcome.folder is not None}
     newest = [os.path.relpath(f) for f in sorted(folders, key=lambda f: f.stat().st_mtime, reverse=True)]
-    more = f" and {_count(len(newest) - NAMED, 'more folder')}" if len(newest) > NAMED else ""
+    more = f" and {number_of(len(newest) - NAMED, 'more folder')}" if len(newest) > NAMED else ""
     return ", ".join(newest[:NAMED]) + more or "earlier records"
 
 

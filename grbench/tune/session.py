@@ -20,7 +20,7 @@ from grbench.config.jobs import Invocation
 from grbench.config.schema import ConfigError
 from grbench.execution.clock import pace
 from grbench.execution.files import require_files
-from grbench.execution.folders import made, require_writable
+from grbench.execution.folders import new_folder, require_writable
 from grbench.execution.ranks import require_gpus
 from grbench.execution.session import CellSession
 from grbench.report.cells import number_of
@@ -60,9 +60,9 @@ class TuneSession:
         self.folder = root / "tune" / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
         common = frozenset(declared.fixed)
         invocation = Invocation(("tune", *words), 0, self.folder, (), _path(declared.config_dir), common)
-        with made(self.folder):
+        with new_folder(self.folder):
             require_writable(self.folder, f"runner.output_root={run.runner.output_root}", "set runner.output_root to")
-            self._cells = CellSession(run, invocation, rare=True, gpus=gpus, held=True)
+            self._cells = CellSession(run, invocation, rare=True, gpus=gpus, alone=True)
         earlier = None if run.rerun else root
         self._evaluator = LiveEvaluator(self._cells, declared, space.specs, earlier, self.folder, self._say)
         batching = {

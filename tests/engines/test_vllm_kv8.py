@@ -142,12 +142,12 @@ def test_nearly_twice_the_users_fit() -> None:
     A key of 128 numbers takes 256 bytes in bf16, and 132 with its scale.
     """
     page = page_bytes(layers=2, page=16, heads=1, qk_dim=128, v_dim=128, dtype=torch.bfloat16)
-    returned = {}
     for stored, count, users in (("engine", 80, 26), ("int8", 155, 51), ("fp8", 155, 51)):
         visitors = requests_of([16] * (users + 1), seed=4)  # 48 tokens, three pages
         engine = engine_of(
             visitors, WIDE, precision="bf16", kv_cache_precision=stored, kv_cache_gb=80 * page / 1e9, max_num_seqs=1
         )
+        returned = []
         try:
             assert engine.core.blocks == count
             for visits in (users, users + 1):
@@ -155,12 +155,11 @@ def test_nearly_twice_the_users_fit() -> None:
                 for visitor in visitors[:visits]:
                     engine.generate([visitor])
                 hits = [engine.generate([visitor]).details["prefix_hit_tokens"] for visitor in visitors[:visits]]
-                returned[stored, visits - users] = hits
+                returned.append(hits)
         finally:
             engine.close()
-        assert returned[stored, 0] == [32] * users  # all but the page of the last token
-        assert sum(returned[stored, 1]) < 32 * users
-    assert 51 > 1.9 * 26
+        assert returned[0] == [32] * users  # all but the page of the last token
+        assert sum(returned[1]) < 32 * users
 
 
 @pytest.mark.usefixtures("forked_workers")

@@ -138,7 +138,8 @@ def allowed(reference: Any, precision: str, stored: str = "") -> float:
     eager = reference.search(GPU_REQUESTS, precision, stored=stored, width=64, k=32)
     exact = [reference.prefix_scores(r, items)[:, -1] for r, items in zip(GPU_REQUESTS, eager.items, strict=True)]
     tolerance = max(2 * float(np.abs(eager.scores - np.stack(exact)).max()), CLOSE)
-    assert tolerance < 2.5  # log-probabilities of other requests differ by some tens
+    # Log-probabilities of other requests differ by some tens. Pages in 8 bits add the rounding of keys and values.
+    assert tolerance < (2.5 if stored else 2)
     return tolerance
 
 

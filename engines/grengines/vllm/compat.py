@@ -137,6 +137,10 @@ class PageBackend(AttentionBackend):
 
         k_pages and v_pages [blocks, tokens, H, d]. stored: int8 or fp8 for those of EightBitAttention, which also have
         k_scales and v_scales, fp32 [blocks, tokens, H].
+
+        With `stored` a layer's tensor must be contiguous as [blocks, tokens, H, width], because its bytes are divided
+        anew; PyTorch raises RuntimeError otherwise. Since 0.30 the layout LBNHC guarantees it, which keeps the layers
+        apart and has tokens before heads. Until 0.29 the stride order above does, which keeps all axes in their order.
         """
         if KVCacheLayout is not None:
             kv_cache = kv_cache.transpose(1, 2)

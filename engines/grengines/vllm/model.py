@@ -89,7 +89,7 @@ class LayerPages:
         self._layers = layers
 
     def layer(self, i: int) -> dict[str, Tensor]:
-        """Return the pages of layer i as arguments of paged_write and hstu_attention."""
+        """Return what Pages.layer does; keys and values have one width d = dqk = dv."""
         layer: Any = self._layers[i]
         return compat.PageBackend.split(compat.pages_of(layer), layer.impl.head_size, layer.impl.stored)
 

@@ -42,7 +42,12 @@ class Pages(Protocol):
     """Pages of keys and values, as PagePool has them."""
 
     def layer(self, i: int) -> dict[str, Tensor]:
-        """Return the pages of layer i as arguments of paged_write and hstu_attention."""
+        """Return the pages of layer i as arguments of paged_write and hstu_attention.
+
+        k_pages [pages, tokens, H, dqk] and v_pages [pages, tokens, H, dv], in the precision that keys and values are
+        stored in: the engine's, int8 or float8_e4m3fn. Those in 8 bits also have k_scales and v_scales, fp32
+        [pages, tokens, H].
+        """
 
 
 @dataclass
