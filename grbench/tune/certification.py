@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from grbench.tune import rates
 from grbench.tune.knowledge import BOTTOM, Knowledge
@@ -29,28 +28,6 @@ SEED = 101
 ROUNDING = 1e-9  # of shares of the budget
 
 
-@dataclass(frozen=True)
-class Try:
-    """A rate to certify. margin: times the requests that are needed."""
-
-    step: int
-    margin: int = MARGIN
-
-
-@dataclass
-class Candidate:
-    """A trial to certify, with its best rate and its score before any run failed.
-
-    fall: steps by which the last figure beyond a limit lowered it; half of STEPS before the first.
-    """
-
-    trial: Trial
-    low: int
-    score: float
-    attempt: Try | None = None
-    fall: int = STEPS // 2
-
-
 @dataclass
 class Certificate:
     """A configuration that kept the limits in all runs with other seeds, of at least CERTIFIED requests.
@@ -62,7 +39,8 @@ class Certificate:
     step: int
     outcomes: list[Outcome]
     together: Outcome
-    failures: list[str]  # better ones that did not, or that the budget had no room for, alone or with another try
+    # Better ones that did not, or that the budget had no room for, alone or with another try.
+    failures: list[str] = field(default_factory=list)
 
     @property
     def requests(self) -> int:
@@ -81,22 +59,20 @@ def reserve(knowledge: Knowledge, evaluator: Evaluator) -> float:
     goal = knowledge.goal
     if not best or not goal.runs or knowledge.concluded:
         return 0.0
-    plans = [plan(goal, evaluator, trial) for trial, step in best if step > best[0][1] - NEAR]
+    plans = [plan(knowledge, evaluator, trial) for trial, step in best if step > best[0][1] - NEAR]
     if not (runs := [planned for planned in plans if planned]):
         return 0.0
     once, failed = (max(evaluator.share(run[:count]) for run in runs) for count in (goal.runs, 1))
     return failed + once if failed + once <= min(SHARE, evaluator.left() + ROUNDING) else once
 
 
-def plan(goal: Goal, evaluator: Evaluator, trial: Trial) -> list[Wanted]:
+def plan(knowledge: Knowledge, evaluator: Evaluator, trial: Trial) -> list[Wanted]:
     """Return the runs that will certify the best rate of a trial, or a lower one of which they are `SHARE` at most.
 
     Returns none if even those of the lowest rates and the least margin would be more than `MOST`.
     """
-    if trial.low is None:
-        return []
-    planned = _with_room(goal, evaluator, trial, _first_step(goal, trial, trial.low), [SHARE, MOST])
-    return [] if planned is None else certifying(goal, evaluator, trial, planned)
+    candidate = Candidate(knowledge, evaluator, trial)
+    return candidate.runs(candidate.step) if candidate.find_room([SHARE, MOST]) else []
 
 
 def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = quiet) -> Certificate | None:
@@ -105,51 +81,46 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
     Where the budget has no room for that, the highest lower rate for which it has is next. Returns None if nothing
     keeps the limits, or if the budget has room for none; `knowledge.uncertified` then says why.
     """
-    goal = knowledge.goal
     failures = [f"{trial.configuration.name} at {trial.refuted}" for trial in knowledge.trials if trial.refuted]
-    missing = ""  # what the budget lacks, of the first that it has no room for
+    missing: list[str] = []  # what the budget lacks, of the first that it has no room for
     beyond = False  # a figure was beyond its limit
-    ranked = ((trial, trial.low) for trial in knowledge.ranking())
-    candidates = [Candidate(trial, low, knowledge.score(trial)) for trial, low in ranked if low is not None]
-    for candidate in candidates:
-        candidate.attempt = Try(_first_step(goal, candidate.trial, candidate.low))
-    while open_ := [(candidate, attempt) for candidate in candidates if (attempt := candidate.attempt) is not None]:
-        candidate, attempt = max(open_, key=lambda pair: _score_at(goal, pair[0], pair[1].step))
-        trial = candidate.trial
-        if without := _missing(goal, evaluator, trial, attempt):
-            missing = missing or without
-            candidate.attempt = _with_room(goal, evaluator, trial, attempt.step, [evaluator.left()])
+    candidates = [Candidate(knowledge, evaluator, trial) for trial in knowledge.ranking()]
+    while candidates:
+        candidate = max(candidates, key=Candidate.score)
+        if lack := candidate.missing():
+            missing = missing or [lack]
+            if not candidate.find_room([evaluator.left()]):
+                candidates.remove(candidate)
             continue
-        if (lowered := _with_another(goal, evaluator, candidate, attempt, beyond)) != attempt:
-            failures.append(_instead(goal, evaluator, trial, attempt, lowered))
-        outcomes, found, refutation = _runs(goal, evaluator, progress, trial, lowered)
-        step = lowered.step
-        if refutation is None:
+        if lowered := candidate.leave_room_for_another(beyond):
+            failures.append(lowered)
+        result = candidate.measure(progress)
+        if isinstance(result, Certificate):
             knowledge.concluded = True
-            trial.enter(rates.rate_of(step), found, (Verdict.KEPT, None))
-            return Certificate(trial, step, outcomes, found, [*failures, *([missing] if missing else [])])
-        trial.refute(refutation)
-        failures.append(f"{trial.configuration.name} at {refutation}")
-        static = [limit for limit in goal.limits if limit.static]
-        if found.ok and judge(static, found)[0] is not Verdict.KEPT:  # no other rate proves it either
-            candidate.attempt = None
+            result.trial.enter(rates.rate_of(result.step), result.together, (Verdict.KEPT, None))
+            result.failures += [*failures, *missing]
+            return result
+        candidate.trial.refute(result)
+        failures.append(f"{candidate.trial.configuration.name} at {result}")
+        found, limits = result.outcome, knowledge.goal.limits
+        if found.ok and judge([limit for limit in limits if limit.static], found)[0] is not Verdict.KEPT:
+            candidates.remove(candidate)  # no other rate proves it either
             continue
-        fall = STEPS
-        if not found.ok or judge(goal.limits, found)[0] is not Verdict.LIKELY:
-            beyond = True
-            candidate.fall = fall = 2 * candidate.fall
-        lower = _proven(goal, trial, step - 1, step - fall)
-        candidate.attempt = Try(lower) if lower >= _lowest(goal, trial, step) else None
-    knowledge.uncertified = "; ".join([*([missing] if missing else []), *failures[-1:]])
+        only_unsure = found.ok and judge(limits, found)[0] is Verdict.LIKELY
+        beyond = beyond or not only_unsure
+        if not candidate.lower(only_unsure):
+            candidates.remove(candidate)
+    knowledge.uncertified = "; ".join([*missing, *failures[-1:]])
     return None
 
 
-def recall(goal: Goal, evaluator: Evaluator, trial: Trial, runs: Sequence[tuple[Probe, Outcome]]) -> None:
+def recall(knowledge: Knowledge, evaluator: Evaluator, trial: Trial, runs: Sequence[tuple[Probe, Outcome]]) -> None:
     """Take the certifying runs of earlier searches into a trial: what they prove, and the lowest rate that failed.
 
     The limits of this search judge them. A rate with a run beyond a limit is refuted, and a later run does not clear
     it. Runs that are too short to prove a rate refute nothing: one more follows them.
     """
+    goal = knowledge.goal
     kept: dict[int, dict[int, tuple[Probe, Outcome]]] = {}  # by step and seed, of each the longest
     for probe, outcome in sorted(runs, key=lambda run: run[0].requests):
         assert probe.rate is not None
@@ -170,149 +141,182 @@ def recall(goal: Goal, evaluator: Evaluator, trial: Trial, runs: Sequence[tuple[
             trial.refute(refutation)
 
 
-def _proven(goal: Goal, trial: Trial, most: int, least: int) -> int:
-    """Return the highest step that runs of earlier searches prove, of those from `most` to `least`; else `least`."""
-    whole = (step for step, runs in trial.recalled.items() if len(runs) >= goal.runs and least <= step <= most)
-    kept = (step for step in whole if judge(goal.limits, trial.certifying[step])[0] is Verdict.KEPT)
-    return max(kept, default=least)
+class Candidate:
+    """A trial to certify, and the rate to try next.
 
-
-def _first_step(goal: Goal, trial: Trial, low: int) -> int:
-    """Return the step to certify first: the best one, or a lower one if its interval is not within."""
-    if goal.rate is not None or trial.verdicts[low][0] is Verdict.KEPT:
-        return low
-    return _proven(goal, trial, low, low - STEPS)
-
-
-def _lowest(goal: Goal, trial: Trial, step: int) -> int:
-    """Return the lowest step to certify instead of one: itself if the rate is given or none was measured offline."""
-    return step if goal.rate is not None or trial.top is None else min(trial.top - BOTTOM + 1, step)
-
-
-def _with_room(goal: Goal, evaluator: Evaluator, trial: Trial, step: int, shares: Sequence[float]) -> Try | None:
-    """Return the try at the highest step, this one or a lower one, whose runs take at most a share of the budget.
-
-    shares: in order of preference. The least margin is for what has room at no rate otherwise.
-    """
-    lower = range(step, _lowest(goal, trial, step) - 1, -1)
-    for margin, share in itertools.product((MARGIN, LEAST_MARGIN), shares):
-        for tried in (Try(s, margin) for s in lower):
-            if evaluator.share(certifying(goal, evaluator, trial, tried)) <= max(share, 0.0) + ROUNDING:
-                return tried  # after a cell that passed the budget, less than none is left
-    return None
-
-
-def _with_another(goal: Goal, evaluator: Evaluator, candidate: Candidate, attempt: Try, beyond: bool) -> Try:
-    """Return a try after which the budget has room for another one: this one, or the highest of up to `LAST` lower.
-
-    One whose runs are there already stays as it is.
-
-    If there is none, it is the one that takes least of the budget, so that other work is the least likely to come:
-    requests are worth more at a lower rate, but 10,000 of them take longer. Where all take the same, as in a budget of
-    cells, it is the one lower by `LAST`, and until a figure was beyond its limit, `STEPS` below the first.
-    """
-    trial = candidate.trial
-    lowest = max(attempt.step - LAST, _lowest(goal, trial, attempt.step))
-    steps, left = range(attempt.step, lowest - 1, -1), evaluator.left() + ROUNDING
-
-    def at(step: int) -> Try:
-        return dataclasses.replace(attempt, step=step)
-
-    def share(step: int) -> float:
-        return evaluator.share(certifying(goal, evaluator, trial, at(step)))
-
-    for step in steps:
-        if not share(step) or share(step) + share(step - STEPS) <= left:
-            return at(step)
-    shares = [share(step) for step in steps]
-    if min(shares) < max(shares):
-        return at(steps[shares.index(min(shares))])
-    first = _first_step(goal, trial, candidate.low)
-    return at(lowest if beyond else max(lowest, min(attempt.step, first - STEPS)))
-
-
-def _instead(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try, lowered: Try) -> str:
-    """Return in words why a try is lowered, and a budget with room for the one that was due and another after it."""
-    tries = (attempt, dataclasses.replace(attempt, step=attempt.step - STEPS))
-    both = [run for due in tries for run in certifying(goal, evaluator, trial, due)]
-    rate, lower = (f"{rates.rate_of(due.step):.4g}" for due in (attempt, lowered))
-    return (
-        f"{trial.configuration.name} at {lower} instead of {rate} requests/s: a try at {rate} leaves no room for "
-        f"another one, and both take {evaluator.budget_for(both)}"
-    )
-
-
-def _score_at(goal: Goal, candidate: Candidate, step: int) -> float:
-    """Return the score of a candidate at a step to certify; larger is better.
-
-    A lower rate multiplies the cost of a request by the ratio of the rates at most: what a machine takes a second does
-    not grow.
-    """
-    if goal.objective == "cost":
-        return candidate.score * rates.RATIO ** (candidate.low - step)
-    return candidate.score if goal.rate is not None else float(step)
-
-
-def _missing(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try) -> str:
-    """Return in words what the budget lacks for a try; "": nothing."""
-    wanted = certifying(goal, evaluator, trial, attempt)
-    if evaluator.share(wanted) <= max(evaluator.left(), 0.0) + evaluator.grace + ROUNDING:
-        return ""
-    requests = f"{wanted[0][1].requests:,} requests"
-    runs = f"{goal.runs} runs of {requests}" if goal.runs > 1 else requests
-    return f"{runs} at {rates.rate_of(attempt.step):.4g} requests/s take {evaluator.budget_for(wanted)}"
-
-
-def certifying(goal: Goal, evaluator: Evaluator, trial: Trial, attempt: Try) -> list[Wanted]:
-    """Return the runs that certify a rate, with as many requests as prove it together.
-
-    Where runs of earlier searches prove it, these are those.
-    """
-    recalled = trial.recalled.get(attempt.step, [])
-    if recalled and len(recalled) >= goal.runs:
-        return [(trial.configuration, probe) for probe in recalled]
-    together = attempt.margin * requests_needed(goal.limits, evaluator, trial, attempt.step)
-    requests = max(CERTIFIED, math.ceil(together / goal.runs / 1000) * 1000)
-    return [(trial.configuration, Probe(rates.rate_of(attempt.step), requests, SEED + run)) for run in range(goal.runs)]
-
-
-def _runs(
-    goal: Goal, evaluator: Evaluator, progress: Progress, trial: Trial, attempt: Try
-) -> tuple[list[Outcome], Outcome, Refutation | None]:
-    """Return the outcomes of the certifying runs, what they show together, and why they fail (None: they do not).
-
-    The first run with a figure beyond a limit ends them, because no rate is certified that a seed contradicts. One more
-    run may follow, and only one: who looks until it passes finds what is not there.
+    step: of that rate. At first it is the best one, or a lower one if the interval there is not within the limits.
     """
 
-    def run(probe: Probe) -> tuple[Outcome, Refutation | None]:
-        outcome = evaluator.evaluate(trial.configuration, probe)
-        verdict = judge(goal.limits, outcome)[0] if outcome.ok else Verdict.BROKEN
-        progress(trial, probe, outcome, verdict)
-        if verdict in HELD:  # beyond a limit a backlog makes all requests alike: lower rates are not so
-            trial.certifying[attempt.step] = outcome
-        return outcome, _alone(goal, attempt.step, probe, outcome)
+    def __init__(self, knowledge: Knowledge, evaluator: Evaluator, trial: Trial) -> None:
+        assert trial.low is not None
+        self._goal, self._evaluator, self.trial = knowledge.goal, evaluator, trial
+        self._best, self._score = trial.low, knowledge.score(trial)  # before any run failed
+        sure = self._goal.rate is not None or trial.verdicts[trial.low][0] is Verdict.KEPT
+        self._first = self.step = trial.low if sure else self._proven(trial.low, trial.low - STEPS)
+        self._margin = MARGIN  # times the requests that are needed
+        self._fall = STEPS // 2  # by which the rate was lowered last because of a figure beyond its limit
 
-    outcomes: list[Outcome] = []
-    wanted: list[Wanted] = certifying(goal, evaluator, trial, attempt)
-    while True:
-        evaluator.together(wanted)
-        for number, (_, probe) in enumerate(wanted):
-            outcome, refutation = run(probe)
-            outcomes.append(outcome)
-            if refutation is not None:
-                for _, beside in wanted[number + 1 :] if evaluator.places > 1 else ():
-                    run(beside)  # it was measured, and is shown
-                return outcomes, outcome, refutation
-        found = trial.certifying[attempt.step] = evaluator.pool(outcomes)
-        if (refutation := _together(goal, attempt.step, outcomes, found)) is None:
-            return outcomes, found, None
-        margins = (AGAIN, LEAST_MARGIN)
-        seed = 1 + max(probe.seed for _, probe in wanted)
-        further = (_further(goal, evaluator, trial, attempt.step, outcomes, found, margin, seed) for margin in margins)
-        wanted = next((runs for runs in further if evaluator.share(runs) <= evaluator.left() + ROUNDING), [])
-        if not wanted:
-            return outcomes, found, refutation
+    def score(self) -> float:
+        """Return the score at the rate that is tried next; larger is better.
+
+        A lower rate multiplies the cost of a request by the ratio of the rates at most: what a machine takes a second
+        does not grow.
+        """
+        if self._goal.objective == "cost":
+            return self._score * rates.RATIO ** (self._best - self.step)
+        return self._score if self._goal.rate is not None else float(self.step)
+
+    def runs(self, step: int) -> list[Wanted]:
+        """Return the runs that certify a rate, with as many requests as prove it together.
+
+        Where runs of earlier searches prove it, these are those.
+        """
+        recalled = self.trial.recalled.get(step, [])
+        if len(recalled) >= self._goal.runs:
+            return [(self.trial.configuration, probe) for probe in recalled]
+        together = self._margin * requests_needed(self._goal.limits, self._evaluator, self.trial, step)
+        return [self._run(step, together / self._goal.runs, SEED + number) for number in range(self._goal.runs)]
+
+    def missing(self) -> str:
+        """Return in words what the budget lacks for the runs; "": nothing."""
+        wanted, evaluator = self.runs(self.step), self._evaluator
+        if evaluator.share(wanted) <= max(evaluator.left(), 0.0) + evaluator.grace + ROUNDING:
+            return ""
+        requests = f"{wanted[0][1].requests:,} requests"
+        runs = f"{self._goal.runs} runs of {requests}" if self._goal.runs > 1 else requests
+        return f"{runs} at {rates.rate_of(self.step):.4g} requests/s take {evaluator.budget_for(wanted)}"
+
+    def find_room(self, shares: Sequence[float]) -> bool:
+        """Lower the rate until its runs take at most a share of the budget. Returns False if there is no such rate.
+
+        shares: in order of preference. The least margin is for what has room at no rate otherwise.
+        """
+        for margin, share in itertools.product((MARGIN, LEAST_MARGIN), shares):
+            self._margin = margin
+            for step in range(self.step, self._lowest - 1, -1):
+                if self._share(step) <= max(share, 0.0) + ROUNDING:  # a cell that passed the budget leaves less than 0
+                    self.step = step
+                    return True
+        return False
+
+    def leave_room_for_another(self, beyond: bool) -> str:
+        """Lower the rate so that the budget has room for another one after it. Returns why, in words; "": it stays.
+
+        beyond: a figure was beyond its limit. The words name a budget with room for the rate that was due and for
+        another one after it.
+        """
+        due, self.step = self.step, self._step_with_another(beyond)
+        if self.step == due:
+            return ""
+        both = self._evaluator.budget_for([*self.runs(due), *self.runs(due - STEPS)])
+        rate, lower = (f"{rates.rate_of(step):.4g}" for step in (due, self.step))
+        return (
+            f"{self.trial.configuration.name} at {lower} instead of {rate} requests/s: a try at {rate} leaves no room "
+            f"for another one, and both take {both}"
+        )
+
+    def measure(self, progress: Progress) -> Certificate | Refutation:
+        """Measure the runs, and one more if they need it. Returns what they prove, or why they fail.
+
+        The first run with a figure beyond a limit ends them, because no rate is certified that a seed contradicts. Only
+        one more run may follow: who looks until it passes finds what is not there.
+        """
+        outcomes: list[Outcome] = []
+        wanted = self.runs(self.step)
+        while True:
+            self._evaluator.together(wanted)
+            for number, (_, probe) in enumerate(wanted):
+                outcome, refutation = self._evaluate(probe, progress)
+                outcomes.append(outcome)
+                if refutation is not None:
+                    for _, beside in wanted[number + 1 :] if self._evaluator.places > 1 else ():
+                        self._evaluate(beside, progress)  # it was measured, and is shown
+                    return refutation
+            found = self.trial.certifying[self.step] = self._evaluator.pool(outcomes)
+            refutation = _together(self._goal, self.step, outcomes, found)
+            if refutation is None:
+                return Certificate(self.trial, self.step, outcomes, found)
+            if not (wanted := self._further(outcomes, found, 1 + max(probe.seed for _, probe in wanted))):
+                return refutation
+
+    def lower(self, only_unsure: bool) -> bool:
+        """Lower the rate after one that failed. Returns False if there is no lower one.
+
+        only_unsure: the figures were within their limits, and an interval was not.
+        """
+        if not only_unsure:
+            self._fall *= 2
+        fall, lowest = STEPS if only_unsure else self._fall, self._lowest
+        self.step, self._margin = self._proven(self.step - 1, self.step - fall), MARGIN
+        return self.step >= lowest
+
+    @property
+    def _lowest(self) -> int:
+        """The lowest step to try instead: the same if the rate is given, or if nothing was measured offline."""
+        if self._goal.rate is not None or self.trial.top is None:
+            return self.step
+        return min(self.trial.top - BOTTOM + 1, self.step)
+
+    def _proven(self, most: int, least: int) -> int:
+        """Return the highest step that runs of earlier searches prove, from `most` to `least`; else `least`."""
+        goal, trial = self._goal, self.trial
+        whole = (step for step, runs in trial.recalled.items() if len(runs) >= goal.runs and least <= step <= most)
+        kept = (step for step in whole if judge(goal.limits, trial.certifying[step])[0] is Verdict.KEPT)
+        return max(kept, default=least)
+
+    def _share(self, step: int) -> float:
+        return self._evaluator.share(self.runs(step))
+
+    def _step_with_another(self, beyond: bool) -> int:
+        """Return a step after which the budget has room for another: this one, or the highest of up to `LAST` lower.
+
+        A step whose runs are there already stays.
+
+        If there is none, it is the one that takes least of the budget, so that other work is the least likely to come:
+        requests are worth more at a lower rate, but 10,000 of them take longer. Where all take the same, as in a budget
+        of cells, it is the one lower by `LAST`, and until a figure was beyond its limit, `STEPS` below the first.
+        """
+        lowest = max(self.step - LAST, self._lowest)
+        steps, left = range(self.step, lowest - 1, -1), self._evaluator.left() + ROUNDING
+        for step in steps:
+            if not self._share(step) or self._share(step) + self._share(step - STEPS) <= left:
+                return step
+        shares = [self._share(step) for step in steps]
+        if min(shares) < max(shares):
+            return steps[shares.index(min(shares))]
+        return lowest if beyond else max(lowest, min(self.step, self._first - STEPS))
+
+    def _run(self, step: int, requests: float, seed: int) -> Wanted:
+        """Return a certifying run, of at least `CERTIFIED` requests in whole thousands."""
+        whole = max(CERTIFIED, math.ceil(requests / 1000) * 1000)
+        return self.trial.configuration, Probe(rates.rate_of(step), whole, seed)
+
+    def _evaluate(self, probe: Probe, progress: Progress) -> tuple[Outcome, Refutation | None]:
+        """Return the outcome of a certifying run, and why it fails by itself."""
+        outcome = self._evaluator.evaluate(self.trial.configuration, probe)
+        refutation = _alone(self._goal, self.step, probe, outcome)
+        verdict = judge(self._goal.limits, outcome)[0] if refutation is None else refutation.verdict
+        progress(self.trial, probe, outcome, verdict)
+        if refutation is None:  # beyond a limit a backlog makes all requests alike: lower rates are not so
+            self.trial.certifying[self.step] = outcome
+        return outcome, refutation
+
+    def _further(self, outcomes: list[Outcome], found: Outcome, seed: int) -> list[Wanted]:
+        """Return one more run, with the requests that an interval of all runs still needs; none after such a one.
+
+        An interval that is too wide asks for a lower rate. A rate that is given can't be lower, so as many requests as
+        until then follow. Returns none, too, if the budget has no room for the run.
+        """
+        if len(outcomes) > self._goal.runs:
+            return []
+        had = sum(round(outcome.metrics["samples"]) for outcome in outcomes)
+        sizes: list[float] = [had] if self._goal.rate is not None else []
+        if any(its.metric.startswith(POOLED) and its.metric not in found.intervals for its in self._goal.limits):
+            needed = requests_needed(self._goal.limits, self._evaluator, self.trial, self.step)
+            sizes = [margin * needed - had for margin in (AGAIN, LEAST_MARGIN)]
+        runs = ([self._run(self.step, requests, seed)] for requests in sizes if requests > 0)
+        left = self._evaluator.left() + ROUNDING
+        return next((further for further in runs if self._evaluator.share(further) <= left), [])
 
 
 def _alone(goal: Goal, step: int, probe: Probe, outcome: Outcome) -> Refutation | None:
@@ -333,30 +337,3 @@ def _together(goal: Goal, step: int, outcomes: Sequence[Outcome], found: Outcome
             why = f"in {len(outcomes)} runs together: {limit.shown(found)} is {verdict}"
             return Refutation(step, found, verdict, limit, why)
     return None
-
-
-def _further(
-    goal: Goal,
-    evaluator: Evaluator,
-    trial: Trial,
-    step: int,
-    outcomes: list[Outcome],
-    found: Outcome,
-    margin: float,
-    seed: int,
-) -> list[Wanted]:
-    """Return one more run, with the requests that an interval of all runs still needs; none after such a one.
-
-    margin: times the requests that all runs need. An interval that is too wide asks for a lower rate. A rate that is
-    given can't be lower, so as many requests as until then follow.
-    """
-    had = sum(round(outcome.metrics["samples"]) for outcome in outcomes)
-    lacks = any(limit.metric.startswith(POOLED) and limit.metric not in found.intervals for limit in goal.limits)
-    if lacks:
-        more = margin * requests_needed(goal.limits, evaluator, trial, step) - had
-    else:
-        more = had if goal.rate is not None else 0
-    if more <= 0 or len(outcomes) > goal.runs:
-        return []
-    requests = max(CERTIFIED, math.ceil(more / 1000) * 1000)
-    return [(trial.configuration, Probe(rates.rate_of(step), requests, seed))]

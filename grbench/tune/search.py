@@ -104,7 +104,7 @@ class Search:
             self._proposer.take(configuration)
             for probe, outcome in known:
                 self._knowledge.note(trial, probe, outcome)
-            recall(self._knowledge.goal, self._evaluator, trial, certifying)
+            recall(self._knowledge, self._evaluator, trial, certifying)
             taken += [outcome for _, outcome in (*known, *certifying)]
             self._tell(trial)
         if taken:
@@ -170,7 +170,7 @@ class Search:
         """
         best, evaluator = self._knowledge.incumbent, self._evaluator
         left, reserved = evaluator.left() - self._settling() + ROUNDING, reserve(self._knowledge, evaluator)
-        runs = plan(self._knowledge.goal, evaluator, best) if best is not None and reserved else []
+        runs = plan(self._knowledge, evaluator, best) if best is not None and reserved else []
 
         def cost(configuration: Configuration) -> float:
             first, kept = evaluator.share([(configuration, Probe(None, OFFLINE))]), reserved

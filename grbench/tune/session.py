@@ -193,7 +193,7 @@ class TuneSession:
         if probe.seed:
             seeds = range(probe.seed + 1, SEED + goal.runs) if verdict in HELD else ()
             return [(trial.configuration, dataclasses.replace(probe, seed=seed)) for seed in seeds]
-        return [] if best is None else plan(goal, self._evaluator, best)
+        return [] if best is None else plan(self._knowledge, self._evaluator, best)
 
     def _say(self, line: str) -> None:
         self._screen.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -447,7 +447,7 @@ def test_runs_of_an_earlier_search_that_are_too_short_are_followed_by_one_more(s
     rate = rates.rate_of(trial.low - STEPS)
     runs = [(probe, evaluator.outcome(ALL[0], probe)) for seed in seeds for probe in [Probe(rate, 40_000, seed)]]
     assert evaluator.pool([found for _, found in runs]).intervals == {}
-    recall(search.goal, evaluator, trial, runs)
+    recall(search, evaluator, trial, runs)
     assert trial.refuted is None
     measured = len(evaluator.probes)
     certificate = certify(search, evaluator)
