@@ -71,10 +71,12 @@ def main(words: Sequence[str]) -> int:
     with bound(config.host, config.port, "port") as listener:
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                if not runner.run(serve(deployment, file, config, Log(), listener, load)):
-                    os._exit(0)  # a thread is in an engine, which may compile for minutes
+                runner.run(serve(deployment, file, config, Log(), listener, load))
+                sys.stdout.flush()
+                # What is closed needs no more. A thread may compile for minutes, and Python's own end takes seconds in
+                # a process that has imported vLLM.
+                os._exit(0)
         except RuntimeError as e:
             raise CommandError(e, 1) from None
         except ValueError as e:  # the workload's data, or a file that does not belong to it
             raise CommandError(e) from None
-    return 0

@@ -81,9 +81,9 @@ class Controller:
         """Requests in the server."""
         return sum(s.pending for s in self.strategies)
 
-    async def close(self, limit_s: float) -> bool:
-        """Finish what the strategies hold within the limit, and release them. Returns whether all are released."""
-        return all(await asyncio.gather(*(s.close(limit_s) for s in self.strategies)))
+    async def close(self, limit_s: float) -> None:
+        """Finish what the strategies hold within the limit, and release them."""
+        await asyncio.gather(*(s.close(limit_s) for s in self.strategies))
 
     async def answer(self, request: Request, deadline: float, came: float | None = None) -> Answer:
         """Answer a request. Parameters as of `begin`. Raises RefusedError."""

@@ -42,11 +42,11 @@ async def serve(
     load: Callable[[], Deployment],
     ended: asyncio.Event | None = None,
     again: asyncio.Event | None = None,
-) -> bool:
+) -> None:
     """Serve until SIGTERM, SIGINT or `ended`. Raises RuntimeError if no strategy can serve.
 
     Clients can connect at once; the server is ready when a strategy is checked and warm. SIGHUP or `again` reloads.
-    Returns False if a thread is still in an engine: the process would wait for it.
+    A thread may still be in an engine at the end, and the process would wait for it.
     """
     share_arena()  # both before there are threads
     wake_on_time()
@@ -83,7 +83,7 @@ async def serve(
                 starting.result()
                 await asyncio.wait({stop, listening}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            service.draining, starts = True, service.starts
+            service.draining = True
             drained = time.monotonic() + config.drain_s  # one limit for all that follows
             log.info("draining", limit_s=config.drain_s)
             stop.cancel()
@@ -93,9 +93,8 @@ async def serve(
             if rpc:
                 await rpc.stop(config.drain_s)
             await listening
-            released = await service.close(max(drained - time.monotonic(), 0.0))
+            await service.close(max(drained - time.monotonic(), 0.0))
             log.info("ended")
-    return released and not starts
 
 
 async def _start(service: Service) -> None:

@@ -90,11 +90,6 @@ class Service:
         return not self.draining and self.present is not None and self.present.controller.ready
 
     @property
-    def starts(self) -> bool:
-        """True while a thread makes the engines of a deployment, which nothing can end."""
-        return self._reloading.locked()
-
-    @property
     def model(self) -> str:
         """The name of the model for clients."""
         return self.config.name or (self.present.spec.model.name if self.present else "starting")
@@ -136,19 +131,15 @@ class Service:
                 settle()
             return f"serving {', '.join(s.name for s in strategies if s.state is State.READY)}"
 
-    async def close(self, limit_s: float) -> bool:
-        """Finish what is in flight within the limit, and release everything.
-
-        Returns False if a thread is still in an engine, which is checked or hangs.
-        """
+    async def close(self, limit_s: float) -> None:
+        """Finish what is in flight within the limit, and release everything but an engine that a thread is still in."""
         self.draining = True
-        released = await asyncio.gather(*(self._end(controller, limit_s) for controller in list(self._controllers)))
+        await asyncio.gather(*(self._end(controller, limit_s) for controller in list(self._controllers)))
         for task in self._tasks:
             task.cancel()
         self._gate.close()
         if self.traces is not None:
             await asyncio.to_thread(self.traces.close)
-        return all(released)
 
     async def _bring_up(self, deployment: Deployment) -> ServingDeployment:
         """Bring a deployment up, and look for its batches that take too long. Raises what `bring_up` raises."""
@@ -156,11 +147,10 @@ class Service:
         self._controllers.append(new.controller)
         return new
 
-    async def _end(self, controller: Controller, limit_s: float) -> bool:
-        released = await controller.close(limit_s)
+    async def _end(self, controller: Controller, limit_s: float) -> None:
+        await controller.close(limit_s)
         if controller in self._controllers:  # the end of the server may meet that of a reload
             self._controllers.remove(controller)
-        return released
 
     def _refuse_if_ending(self) -> None:
         if self.draining:

@@ -149,11 +149,8 @@ class Strategy:
         self.why = f"{self.why.partition(';')[0]}; {tried}"
         self._on_change(self, "still out")
 
-    async def close(self, limit_s: float) -> bool:
-        """Answer what is queued, within a limit, and release the engine.
-
-        Returns False if a thread is still in it: then it is released later.
-        """
+    async def close(self, limit_s: float) -> None:
+        """Answer what is queued, within a limit, and release the engine, later if a thread is still in it."""
         self.state = State.CLOSED
         self._recovery.stop()
         if waiting := [one.future for one in self._held.values()]:
@@ -161,9 +158,8 @@ class Strategy:
         self._give_back(FailedError("out", f"strategy {self.name} is closed"))
         if await self._is_free(STOP_S):
             await asyncio.to_thread(self.checked.close)
-            return True
-        self._releasing = self._loop.create_task(self._release_once_free())  # after a reload its memory is needed
-        return False
+        else:
+            self._releasing = self._loop.create_task(self._release_once_free())  # after a reload its memory is needed
 
     async def _is_free(self, limit_s: float) -> bool:
         """Wait until no thread is in the engine. Returns False after the limit."""

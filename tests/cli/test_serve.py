@@ -10,6 +10,8 @@ import shlex
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -856,6 +858,21 @@ def test_a_signal_ends_a_server_whose_engine_starts(tmp_path: Path, monkeypatch:
         assert [json.loads(line)["event"] for line in lines] == ["draining", "ended"]
     finally:
         process.kill()
+
+
+def test_a_server_that_has_closed_its_engines_ends_at_once(tmp_path: Path) -> None:
+    """Python's own end takes seconds in a process that has imported vLLM."""
+    code = "import atexit, sys, time; from grbench.cli import main; atexit.register(time.sleep, 600); sys.exit(main())"
+    words = ["serve", *TINY, "engine=hstu", "serve.port=0", "serve.grpc_port=null"]
+    with subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, cwd=tmp_path) as process:
+        try:
+            assert process.stderr is not None
+            assert any(json.loads(line)["event"] == "ready" for line in process.stderr)
+            process.terminate()
+            assert json.loads(process.stderr.readlines()[-1])["event"] == "ended"
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
 
 
 def test_a_reload_times_no_kernels_beside_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
