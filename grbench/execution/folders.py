@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from grbench.config.schema import ConfigError
 from grbench.execution import records
@@ -58,7 +58,7 @@ def only_command(root: Path, words: Sequence[str]) -> Iterator[None]:
 def _only_holder(path: Path, root: Path) -> Iterator[None]:
     """Hold the file at `path`, which is removed at the end. Raises as `only_command`."""
     while True:
-        with path.open("a+", encoding="utf-8") as holder:
+        with _opened(path) as holder:
             if not _locked(holder.fileno()):
                 holder.seek(0)
                 number = holder.read()  # empty if it has just begun
@@ -76,6 +76,14 @@ def _only_holder(path: Path, root: Path) -> Iterator[None]:
             finally:
                 path.unlink(missing_ok=True)  # while it is held, so that it is no other's
             return
+
+
+def _opened(path: Path) -> TextIO:
+    """Open a file in a folder, which is made again if another command removes it in between, as `new_folder` does."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return path.open("a+", encoding="utf-8")
 
 
 def left_out(roots: Sequence[Path]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from grbench.config.compose import axes_of, compose_spec, plan_jobs
+from grbench.config.compose import axes_of, compose_many, plan_jobs
 from grbench.config.schema import ConfigError, RunConfig, checked
 from grbench.config.schema import register_schemas as register_groups
 from grbench.execution.gpu import visible_gpus
@@ -173,10 +173,16 @@ def declare(words: Sequence[str], config_dir: str | None = None) -> Declared:
 
 
 def output_root(declared: Declared) -> Path:
-    """Return the folder of the results of every run, before the runs are composed. Raises ConfigError."""
-    keys = ("runner.output_root", "study", "hydra.mode")
-    words = [word for word in declared.fixed if word.lstrip("+").partition("=")[0] in keys]
-    return Path(compose_spec(words, declared.config_dir)[1].runner.output_root)
+    """Return the folder of the results of every run, before the runs are composed. Raises ConfigError.
+
+    The file of any group may set it. Options of one group are left out: some runs may lack them.
+    """
+    keys = {word: word.lstrip("+").partition("=")[0] for word in declared.fixed}
+    words = [word for word, key in keys.items() if "." not in key or key.startswith(("runner.", "hydra."))]
+    [found] = compose_many([words], declared.config_dir)
+    if isinstance(found, str):
+        raise ConfigError(found)
+    return Path(found.runner.output_root)
 
 
 def to_config(cfg: DictConfig) -> TuneConfig:

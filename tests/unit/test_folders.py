@@ -91,6 +91,24 @@ def test_a_command_that_opened_the_file_of_one_that_ended_holds_the_next_file(
             raise AssertionError
 
 
+def test_a_command_makes_the_folder_again_that_another_removes_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, removed = Path.mkdir, list[Path]()
+
+    def late(folder: Path, *args: Any, **options: Any) -> None:
+        make(folder, *args, **options)
+        if folder.name == ".running" and options.get("parents") and len(removed) < 2:
+            removed.append(folder)
+            folder.rmdir()
+            folder.parent.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", late)
+    with only_command(tmp_path / "out", ["seed=0"]):
+        assert len(list((tmp_path / "out" / ".running").iterdir())) == 1
+    assert len(removed) == 2
+
+
 @pytest.mark.parametrize("words", [["-m", "seed=0,1"], ["tune", "engine=hstu", "budget=1cells"]])
 def test_a_sweep_and_a_search_are_refused_while_an_equal_one_runs(
     grbench_here: Grbench, forked_workers: None, tmp_path: Path, words: list[str]
@@ -111,6 +129,17 @@ def test_a_search_is_refused_before_its_space_is_composed(grbench_here: Grbench,
     with only_command(tmp_path / "out", typed):
         refused = grbench_here(*typed)
     assert refused.returncode == 2 and "runs the same command in " in refused.stderr
+
+
+def test_a_search_is_refused_in_the_folder_that_a_file_of_a_group_sets(grbench_here: Grbench, tmp_path: Path) -> None:
+    """The run's options of one group, which such a file sits beside, need not fit the group's default."""
+    (tmp_path / "own" / "lab").mkdir(parents=True)
+    text = f"# @package _global_\nrunner:\n  output_root: {tmp_path / 'out'}\n"
+    (tmp_path / "own" / "lab" / "here.yaml").write_text(text)
+    typed = ["tune", "--config-dir", "own", "engine=hstu", "+lab=here", "cache=lru,none", "cache.memory_gb=1"]
+    with only_command(tmp_path / "out", typed):
+        refused = grbench_here(*typed)
+    assert refused.returncode == 2 and "runs the same command in out" in refused.stderr, refused.stderr
 
 
 @pytest.mark.parametrize("command", [["engine=hstu", "slurm.partition=gpu"], ["-m", "seed=0,1", "slurm.partition=gpu"]])
