@@ -869,8 +869,8 @@ def test_a_server_that_has_closed_its_engines_ends_at_once(tmp_path: Path) -> No
             assert process.stderr is not None
             assert any(json.loads(line)["event"] == "ready" for line in process.stderr)
             process.terminate()
-            assert json.loads(process.stderr.readlines()[-1])["event"] == "ended"
             assert process.wait(20) == 0
+            assert json.loads(process.stderr.readlines()[-1])["event"] == "ended"
         finally:
             process.kill()
 
