@@ -84,7 +84,8 @@ def with_losses(
         if like:
             spec = like[0].row.record.spec
             words += [f"gate.quality_requests={spec['gate']['quality_requests']}", f"seed={spec['seed']}"]
-        command = shlex.join(["python", "-m", "grbench", *replaced(overrides[strategy], words)])
+        own = ["--config-dir", deployment.config_dir] if deployment.config_dir else []
+        command = shlex.join(["python", "-m", "grbench", *own, *replaced(overrides[strategy], words)])
         return f"; make it: {command}; or type the loss into the file"
 
     steps = []

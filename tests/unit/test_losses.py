@@ -251,6 +251,13 @@ def test_the_command_of_a_lacking_record_makes_it(lacking: str) -> None:
         assert found.record == str(folder)
 
 
+def test_the_command_of_a_lacking_record_has_the_folder_of_ones_own_groups() -> None:
+    deployment, options = rank(Step("s", max_history=9))
+    deployment.config_dir = "/my own"
+    with pytest.raises(ConfigError, match="; make it: python -m grbench --config-dir '/my own' "):
+        with_losses(deployment, options, [], KEPT)
+
+
 def test_random_weights_have_no_losses() -> None:
     strategies = [Strategy("ranker", COMMON)]
     deployment = Deployment(version=1, task="rank", strategies=strategies, degrade=[Step("short", max_history=8)])
