@@ -7,15 +7,16 @@ without the last one MovieLens-100K is downloaded. For each data set HSTU is tra
 then by semantic IDs that are made from those vectors, on Amazon with the first model as teacher. A Transformer like
 SASRec is trained by item vectors on Beauty and MovieLens-100K; and a ranker on MovieLens-100K, which has three seeds.
 The trainings are commands `grbench train` that share the GPU; each has its folder under --out, with its log. Nothing is
-downloaded otherwise.
+downloaded otherwise. A training that is there already is kept if it is of this commit and its options and the contents
+of its files are equal; else its folder is replaced. So semantic IDs are trained again after their item vectors.
 """
 
 from __future__ import annotations
 
-import json
-import shlex
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import common
+
+from grbench.config.compose import compose_jobs
+from grbench.execution import results as results_file
+from grbench.execution.environment import describe_environment
+from grbench.training.config import register_schemas, to_config
+from grbench.training.session import identity_of
 
 # R@10 and N@10 as `phonism/genrec` lists them, leave one out and all items ranked; TIGER's own figures.
 PUBLISHED = {
@@ -70,6 +77,7 @@ RERANK = [  # of the shape of the generator by semantic IDs, whose items it rank
     "training.epochs=10", "training.minutes=3", "held_out=4000",  # enough to choose the epoch by
 ]  # fmt: skip
 KINDS = ("items", "ids", "sasrec", "rank")
+COMPOSING = threading.Lock()  # Hydra composes one configuration at a time
 FIGURES = ("hr5", "hr10", "ndcg5", "ndcg10", "hr10_new", "ndcg10_new", "auc/rated", "auc/liked")
 MOVIES = ["training.batch=128", "training.dropout=0.3", "training.epochs=60", "training.validate_every=2"]
 
@@ -125,11 +133,14 @@ def run(chain: list[Training], out: Path, extra: Sequence[str]) -> list[tuple[Tr
             if training.data in AMAZON:
                 words += [f"training.teacher={vectors}", "training.teacher_share=0.9"]
         begun, command = time.perf_counter(), ["python", "-m", "grbench", "train", *words]
-        results = made(folder, command)
+        results = earlier_results(folder, words)
         if results is None:
+            if (folder / results_file.RESULTS_FILE).is_file():  # else a training that was stopped goes on
+                shutil.rmtree(folder)
+                folder.mkdir()
             with (folder / "train.log").open("w") as log:
                 code = subprocess.run([sys.executable, *command[1:]], stdout=log, stderr=log).returncode
-            results = made(folder, command)
+            results = earlier_results(folder, words)
             if code or results is None:
                 said = (folder / "train.log").read_text().strip().splitlines()
                 seconds = time.perf_counter() - begun
@@ -142,11 +153,16 @@ def run(chain: list[Training], out: Path, extra: Sequence[str]) -> list[tuple[Tr
     return done
 
 
-def made(folder: Path, command: Sequence[str]) -> dict[str, Any] | None:
-    """Return the results of a training that this command ended in the folder; None if there are none."""
-    file = folder / "results.json"
-    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    return results if results.get("command") == shlex.join(command) else None
+def earlier_results(folder: Path, words: Sequence[str]) -> dict[str, Any] | None:
+    """Return the results in a folder if a training with these overrides would be the same there; None if not."""
+    file = folder / results_file.RESULTS_FILE
+    if not file.is_file():
+        return None
+    with COMPOSING:
+        [config] = compose_jobs("train", to_config, words)
+    found = results_file.load(file)
+    same = found["environment"].get("git_sha") == describe_environment()["git_sha"]
+    return found if same and found.get("identity") == identity_of(config) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -164,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen:
         allowed = f"{', '.join(AMAZON)}, ml_100k; {', '.join(KINDS)}"
         parser.error(f"--only {args.only} --kinds {args.kinds}: allowed are {allowed}")
+    register_schemas()
     rows = common.Rows(args, __file__, arguments)
     out = (args.out or Path("outputs/quality")).absolute()
     begun = time.perf_counter()

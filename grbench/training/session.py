@@ -82,7 +82,7 @@ class TrainSession(RowSession):
             name = f"{config.task} {config.workload.name} {config.model.name} seed {config.seed}"
             parameters = sum(p.numel() for p in task.model.parameters())
             self.show(f"{name}: {task.examples:,} examples, {parameters:,} parameters, on {device.type}")
-            identity = spec_hash(_identity(config))
+            identity = identity_of(config)
             require_own(folder, dataclasses.asdict(config), identity)
             if (folder / loop.CHECKPOINT).is_file():
                 self.show(f"going on from {folder / loop.CHECKPOINT}")
@@ -154,6 +154,11 @@ def _device(config: TrainConfig) -> torch.device:
     if config.device == "cuda" and not there:
         raise ConfigError("device=cuda: PyTorch finds no GPU; `python -m grbench doctor` says why; allowed here: cpu")
     return torch.device("cuda" if there and config.device != "cpu" else "cpu")
+
+
+def identity_of(config: TrainConfig) -> str:
+    """Return the hash of what a training depends on: trainings with an equal one make the same weights."""
+    return spec_hash(_identity(config))
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:

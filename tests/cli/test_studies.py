@@ -149,10 +149,10 @@ def test_more_and_fewer_candidates_of_trained_models_are_compared(
     starts = np.random.default_rng(0).integers(300, size=150)
     lines = [" ".join(map(str, [u, *((s + np.arange(6 + u % 9)) % 300)])) for u, s in enumerate(starts)]
     (tmp_path / "amazon_beauty.txt").write_text("\n".join(lines))
-    module, began = program("quality_gpu"), list[str]()
+    module, began = program("quality_gpu"), list[list[str]]()
 
     def trained(words: list[str], **_: Any) -> Any:
-        began.append(words[-1])
+        began.append(words[4:])
         return SimpleNamespace(returncode=cli.main(words[3:]))
 
     monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=trained))  # in this process, which has imported it
@@ -173,6 +173,26 @@ def test_more_and_fewer_candidates_of_trained_models_are_compared(
     for point in found.points:
         hits = point.quality("hr10").value * 150  # of all users
         assert hits == pytest.approx(round(hits)) and point.server is not None
+
+    def is_kept() -> list[bool]:
+        folders = (Path(word[4:]) for each in began for word in each if word.startswith("out="))
+        return [bool(module.earlier_results(*one)) for one in zip(folders, began, strict=True)]
+
+    assert is_kept() == [True] * 3
+    vectors = tmp_path / "outputs" / "quality" / "beauty-items-0" / "weights.safetensors"
+    content = vectors.read_bytes()
+    vectors.write_bytes(content + b" ")
+    assert is_kept() == [True, False, True]  # the second is of semantic IDs that the vectors make
+    vectors.write_bytes(content)
+    file = vectors.with_name("results.json")
+    earlier = file.read_text()
+    made = json.loads(earlier)
+    file.write_text(json.dumps(made | {"environment": made["environment"] | {"git_sha": "of another commit"}}))
+    assert is_kept() == [False, True, True]
+    file.write_text(earlier)
+    (tmp_path / "amazon_beauty.txt").write_text("\n".join(lines[1:]))
+    assert is_kept() == [False] * 3
+    assert module.main([*words, "--kinds", "items"]) == 0 and len(began) == 4
 
 
 def test_every_study_and_program_has_a_command() -> None:
