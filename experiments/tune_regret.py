@@ -204,24 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ProcessPoolExecutor(initializer=_share, initargs=(grid, goal, truths, cells)) as processes:
         for name in STRATEGIES:
             runs = list(processes.map(_replay, [(name, seed, 1) for seed in range(args.seeds)]))
-            finals = [run.final for run in runs if run.final is not None]
             curves[name] = [mean([run.regret[i] for run in runs]) for i in range(cells)]
-            means = {
-                f"{share:.0%}": curves[name][max(round(share * total), 1) - 1] for share in SHARES if share <= args.most
-            }
-            claims = [run.claim for run in runs if run.claim is not None]
-            within = f"{BOUND:.0%}"
-            early = [run.regret[max(round(WITHIN * total), 1) - 1] for run in runs] if args.most >= WITHIN else []
-            rows.add(
-                strategy=name,
-                **means,
-                **({f"{WITHIN:.0%} within {within}": _counted(early)} if early else {}),
-                certified=f"{len(finals)} of {len(runs)}",
-                final=mean(finals) if finals else None,
-                **{f"final within {within}": _counted(finals)},
-                false_feasible=sum(run.false_feasible for run in runs),
-                highest_claim=max(claims) if claims else None,
-            )
+            rows.add(strategy=name, **columns(runs, total, args.most))
         for places in args.places:
             runs = list(processes.map(_replay, [(OURS, seed, places) for seed in range(args.seeds)]))
             rows.note(f"{OURS}, {places} probes at a time: {in_rounds(runs)}")
@@ -248,6 +232,26 @@ def _truth(configuration: Configuration) -> float:
 def _replay(which: tuple[str, int, int]) -> Run:
     strategy, seed, places = which
     return replay(_shared["grid"], _shared["goal"], strategy, _shared["cells"], seed, _shared["truths"], places)
+
+
+def columns(runs: Sequence[Run], total: int, most: float) -> dict[str, Any]:
+    """Return what the replays of one strategy show, by column.
+
+    total: configurations of the grid. most: cells of a replay, as a share of them.
+    """
+    at = {share: [run.regret[max(round(share * total), 1) - 1] for run in runs] for share in SHARES if share <= most}
+    finals = [run.final for run in runs if run.final is not None]
+    claims = [run.claim for run in runs if run.claim is not None]
+    within = f"{BOUND:.0%}"
+    return {
+        **{f"{share:.0%}": mean(regrets) for share, regrets in at.items()},
+        **({f"{WITHIN:.0%} within {within}": _counted(at[WITHIN])} if WITHIN in at else {}),
+        "certified": f"{len(finals)} of {len(runs)}",
+        "final": mean(finals) if finals else None,
+        f"final within {within}": _counted(finals),
+        "false_feasible": sum(run.false_feasible for run in runs),
+        "highest_claim": max(claims) if claims else None,
+    }
 
 
 def _counted(regrets: Sequence[float]) -> str:
