@@ -6,13 +6,14 @@ import errno
 import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from grengines.runtime.scratch import Scratch
 
 BLOCK = 4096  # bytes: direct I/O takes multiples of the disk's block, at addresses that are multiples too
 FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}  # of a disk or a limit with too little room
@@ -26,8 +27,8 @@ class Folder:
     """
 
     def __init__(self, path: str, key: str) -> None:
-        self.temporary = None if path else tempfile.TemporaryDirectory(prefix="grbench-storage-")
-        self.path = Path(self.temporary.name) if self.temporary else Path(path) / key
+        self.temporary = None if path else Scratch("grbench-states-")
+        self.path = self.temporary.path if self.temporary else Path(path) / key
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -47,7 +48,7 @@ class Folder:
         """Let others use the folder, and remove a temporary one."""
         os.close(self._lock)
         if self.temporary is not None:
-            self.temporary.cleanup()
+            self.temporary.close()
 
 
 class RowFile:

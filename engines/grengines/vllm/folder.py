@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from grengines.models.decoder.config import DecoderConfig
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.generator import HSTUGenerator
 from grengines.models.hstu.weights import save_weights
+from grengines.runtime.scratch import Scratch
 from grkernels.operators import Operators
 
 
@@ -37,8 +37,8 @@ class ModelFolder:
         stored: str = "",
     ) -> None:
         assert setup.retrieval is not None, "a task that generates has semantic IDs"
-        self._folder = tempfile.TemporaryDirectory(prefix="grbench-vllm-")
-        self.path = Path(self._folder.name)
+        self._folder = Scratch("grbench-model-")
+        self.path = self._folder.path
         try:
             common = {
                 "sizes": list(setup.retrieval.ids.sizes),
@@ -61,7 +61,7 @@ class ModelFolder:
 
     def close(self) -> None:
         """Delete the folder. A second call does nothing."""
-        self._folder.cleanup()
+        self._folder.close()
 
 
 def _write_decoder(
