@@ -1,7 +1,8 @@
 """The servers that `server_libraries.py` starts, each with the Python that has its library.
 
 Each takes a call of the Open Inference Protocol, reads its tensors into arrays, and answers three zeros a candidate.
-The libraries are imported where they are used, because an interpreter has only one of them.
+The libraries are imported where they are used, because an interpreter has only one of them. A test starts each server
+whose library its own interpreter has; `make setup` installs FastAPI alone, as a part of vLLM.
 """
 
 # mypy: disable-error-code="import-not-found,import-untyped"
@@ -52,9 +53,9 @@ def mlserver(port: int) -> None:
             scores = np.zeros((int(read["NUM_CANDIDATES"].ravel()[0]), TASKS), np.float32)
             return InferenceResponse(model_name=MODEL, outputs=[NumpyCodec.encode_output("OUTPUT", scores)])
 
-    async def serve() -> None:
+    async def serve() -> None:  # by gRPC too, which has no switch; at port 0 gRPC takes one that is free
         settings = Settings(
-            host="127.0.0.1", http_port=port, grpc_port=port + 1, metrics_endpoint=None, parallel_workers=0,
+            host="127.0.0.1", http_port=port, grpc_port=0, metrics_endpoint=None, parallel_workers=0,
             gzip_enabled=False, debug=False,
         )  # fmt: skip
         server = MLServer(settings)

@@ -66,8 +66,7 @@ def main(words: Sequence[str] | None = None) -> None:
     }
     cases: dict[str, Callable[[], bytes]] = {}
     with contextlib.ExitStack() as running:
-        for name, python in pythons.items():
-            port, _ = free_ports(2)
+        for (name, python), port in zip(pythons.items(), free_ports(len(pythons)), strict=True):
             command = [python, "-c", f"import library_servers; library_servers.{name}({port})"]
             server = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             running.callback(server.wait)
