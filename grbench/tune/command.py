@@ -29,7 +29,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the command. Exit codes: 0 done, 1 nothing keeps the limits, 2 the declaration is wrong, 130 Ctrl-C."""
+    """Run the command.
+
+    Exit codes: 0 done, 1 nothing keeps the limits, 2 the declaration is wrong or the answer can't be written, 130
+    Ctrl-C.
+    """
     from grbench.tune import config, space
 
     args = parser().parse_args(words)

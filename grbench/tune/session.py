@@ -79,7 +79,9 @@ class TuneSession:
         self._root = root
 
     def run(self) -> int:
-        """Search, certify and say what was found. Returns the exit code: 0, or 1 if nothing keeps the limits.
+        """Search, certify and say what was found. Returns the exit code.
+
+        It is 0, 1 if nothing keeps the limits, or 2 if a file of the answer can't be written.
 
         Raises KeyboardInterrupt after saying what was found until then, and ConfigError.
         """
@@ -125,8 +127,15 @@ class TuneSession:
         from grbench.tune import page
 
         written: list[Path] = []
-        if self._knowledge.trials:
-            written = page.write(self._knowledge, found, self._declared, self._space, self.folder)
+        places: dict[str, Path] = {}
+        lost: list[str] = []
+        with self._unless_unwritable("deployment", lost):  # before the page, which needs far more space
+            if found is not None:
+                places["deployment"] = deploy.write(found, self._declared, self.folder)
+        with self._unless_unwritable("page", lost):
+            if self._knowledge.trials:
+                written = page.write(self._knowledge, found, self._declared, self._space, self.folder)
+                places["page"] = written[0]
         pictures = [path for path in [self.folder / f"{page.NAME}_files"] if path.is_dir()]
         self._cells.end(bool(cut_short), page.summary(self._knowledge, found), [*written, *pictures])
         where = os.path.relpath(self.folder)
@@ -136,15 +145,27 @@ class TuneSession:
             self._say(f"records: {where}   report: python -m grbench report {shlex.quote(where)}")
             if not cut_short:
                 print(f"grbench tune: {self._why_none()}", file=sys.stderr)
-            return 1
-        best = deploy.write(found, self._declared, self.folder)
-        print(answer.sentence(found))
-        print(answer.binding(found))
-        for key, values, rate, change in answer.neighbours(found):
-            print(f"  {key} {values}: requests/s: {rate}; against the winner: {change}")
-        places = {"deployment": best, "page": written[0], "records": self.folder}
-        self._say("   ".join(f"{name}: {shlex.quote(os.path.relpath(path))}" for name, path in places.items()))
-        return 0
+        else:
+            print(answer.sentence(found))
+            print(answer.binding(found))
+            for key, values, rate, change in answer.neighbours(found):
+                print(f"  {key} {values}: requests/s: {rate}; against the winner: {change}")
+            places["records"] = self.folder
+            self._say("   ".join(f"{name}: {shlex.quote(os.path.relpath(path))}" for name, path in places.items()))
+            if best := places.get("deployment"):
+                self._say(f"serve it: grbench serve {shlex.quote(f'deployment={os.path.relpath(best)}')}")
+        for line in lost:
+            print(f"grbench tune: {line}", file=sys.stderr)
+        return 1 if found is None else 2 if lost else 0
+
+    @contextlib.contextmanager
+    def _unless_unwritable(self, what: str, lost: list[str]) -> Iterator[None]:
+        """Add a line to `lost` if a file of the answer can't be written: the answer itself is to be shown still."""
+        try:
+            yield
+        except OSError as e:
+            why = f"the {what} could not be written: {e.strerror or e}"
+            lost.append(f"{os.path.relpath(self.folder)}: {why}; free space there, then give the same command again")
 
     def _why_none(self) -> str:
         """Return why there is no answer, in one line."""

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import re
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,19 @@ def test_a_small_search_writes_its_cells_its_page_and_a_deployment(grbench_here:
     taken = f"takes over 2 probes of 2 configurations from {folder.relative_to(tmp_path)}, at no cost "
     assert taken in again.stderr and "takes over" not in done.stderr
     assert done.stderr.splitlines()[0].endswith("budget of this call: 2 cells")
+    assert f"\nserve it: grbench serve deployment={new.relative_to(tmp_path)}/best.yaml\n" in again.stderr
+    for most, lost in (200_000, ["page"]), (300, ["deployment", "page"]):  # a limit of a file's size is a full disk
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+        try:
+            full = grbench_here(*words, "limits.latency_ms.p99=50000", "budget=0cells")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert full.returncode == 2 and full.stdout == again.stdout
+        lines = [line for line in full.stderr.splitlines() if "could not be written" in line]
+        assert [re.sub(r".*: the (\w+) could.*", r"\1", line) for line in lines] == lost
+        assert "File too large; free space there, then give the same command again" in lines[0]
+        assert ("serve it" in full.stderr) == ("deployment" not in lost)
     fresh = grbench_here(*words, "limits.latency_ms.p99=50000", "budget=0cells", "rerun=true")
     assert fresh.returncode == 1 and "no record answers" in fresh.stderr and "takes over" not in fresh.stderr
 
