@@ -18,6 +18,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -124,20 +125,25 @@ def axes_of(overrides: Sequence[str], config_dir: str | None = None) -> tuple[di
             if any(o.key_or_group == "study" for o in parsed):
                 single = [str(o.input_line) for o in parsed if o.key_or_group == "study"]
                 params = _compose("config", [*single, *extra]).hydra.sweeper.params or {}
-                typed = {o.key_or_group for o in parsed}
+                typed = {_typed_key(o) for o in parsed}
                 swept = [f"{key}={value}" for key, value in params.items() if key not in typed]
                 words += ["hydra.mode=RUN"]
             axes: dict[str, list[str]] = {}
             for override in parser.parse_overrides([*swept, *overrides]):
                 if override.is_sweep_override():
                     [batch] = BasicSweeper.split_arguments([override], None)
-                    axes[override.key_or_group] = [word.partition("=")[2] for [word] in batch]
+                    axes[_typed_key(override)] = [word.partition("=")[2] for [word] in batch]
             several = {str(o.input_line) for o in parsed if o.is_sweep_override()}
             return axes, [word for word in words if word not in several]
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(explain(e)) from None
     finally:
         GlobalHydra.instance().clear()
+
+
+def _typed_key(override: Override) -> str:
+    """Return the key of an override with the place that a group is put at, such as engine@engine.rank."""
+    return override.key_or_group + (f"@{override.package}" if override.package else "")
 
 
 def plan_jobs(

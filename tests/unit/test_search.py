@@ -1193,6 +1193,25 @@ def test_a_bound_of_a_neighbour_is_no_change() -> None:
     assert all(change.startswith("slower, by ") for *_, rate, change in answer.neighbours(below) if "offline" in rate)
 
 
+@pytest.mark.parametrize(
+    "typed, axes",
+    [
+        (
+            ["engine=pipeline", "engine@engine.rank=hstu,onnxruntime", "space=typed"],
+            {"engine@engine.rank": ["hstu", "onnxruntime"]},
+        ),
+        (
+            ["study=quality", "study/quality@_global_=rank,rank_bf16"],
+            {"study/quality@_global_": ["rank", "rank_bf16"], "study/quality/load@_global_": ["offline", "server"]},
+        ),
+        (["study=quality", "study/quality@_global_=rank"], {"study/quality/load@_global_": ["offline", "server"]}),
+    ],
+)
+def test_an_axis_of_a_group_keeps_the_place_of_the_group(typed: list[str], axes: dict[str, list[str]]) -> None:
+    """engine@engine.rank is the engine of a stage, and not the engine. What a study sweeps over is an axis too."""
+    assert config.declare(typed).axes == axes
+
+
 def test_a_row_says_why_it_has_no_more_and_is_counted_if_it_was_probed() -> None:
     declared = config.declare(["space=typed", "engine=hstu,aoti", "latency_ms.p99=80"])
     search = Knowledge(declared.goal, BATCHING)
