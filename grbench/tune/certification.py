@@ -53,7 +53,8 @@ def reserve(knowledge: Knowledge, evaluator: Evaluator) -> float:
 
     So two tries have three runs, because a figure beyond its limit in the first ends one. Room for four did not certify
     more often (docs/TUNING.md). The second may become the best again, so that there is room for it, too, if it is near.
-    Returns 0 if it would leave too little of the budget for the search: the answer then says what is missing.
+    Returns 0 if it would leave too little of the budget for the search, or if too little is left to certify anything:
+    the search then goes on, and the answer says what is missing.
     """
     best = [(trial, trial.low) for trial in knowledge.ranking()[:2] if trial.low is not None]
     goal = knowledge.goal
@@ -69,10 +70,10 @@ def reserve(knowledge: Knowledge, evaluator: Evaluator) -> float:
 def plan(knowledge: Knowledge, evaluator: Evaluator, trial: Trial) -> list[Wanted]:
     """Return the runs that will certify the best rate of a trial, or a lower one of which they are `SHARE` at most.
 
-    Returns none if even those of the lowest rates and the least margin would be more than `MOST`.
+    Returns none if even those of the lowest rates and the least margin would be more than `MOST`, or than what is left.
     """
-    candidate = Candidate(knowledge, evaluator, trial)
-    return candidate.runs(candidate.step) if candidate.find_room([SHARE, MOST]) else []
+    candidate, left = Candidate(knowledge, evaluator, trial), evaluator.left() + evaluator.grace
+    return candidate.runs(candidate.step) if candidate.find_room([min(SHARE, left), min(MOST, left)]) else []
 
 
 def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = quiet) -> Certificate | None:
@@ -82,13 +83,13 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
     keeps the limits, or if the budget has room for none; `knowledge.uncertified` then says why.
     """
     failures = [f"{trial.configuration.name} at {trial.refuted}" for trial in knowledge.trials if trial.refuted]
-    missing: list[str] = []  # what the budget lacks, of the first that it has no room for
+    lacks: list[tuple[Trial, int, str]] = []  # what the budget lacks for each that it has no room for
     beyond = False  # a figure was beyond its limit
     candidates = [Candidate(knowledge, evaluator, trial) for trial in knowledge.ranking()]
     while candidates:
         candidate = max(candidates, key=Candidate.score)
         if lack := candidate.missing():
-            missing = missing or [lack]
+            lacks.append((candidate.trial, candidate.step, lack))
             if not candidate.find_room([evaluator.left()]):
                 candidates.remove(candidate)
             continue
@@ -98,7 +99,7 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
         if isinstance(result, Certificate):
             knowledge.concluded = True
             result.trial.enter(rates.rate_of(result.step), result.together, (Verdict.KEPT, None))
-            result.failures += [*failures, *missing]
+            result.failures += [*failures, *_first_open(lacks)]
             return result
         candidate.trial.refute(result)
         failures.append(f"{candidate.trial.configuration.name} at {result}")
@@ -110,8 +111,16 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
         beyond = beyond or not only_unsure
         if not candidate.lower(only_unsure):
             candidates.remove(candidate)
-    knowledge.uncertified = "; ".join([*missing, *failures[-1:]])
+    shown = knowledge.unproven  # the answer itself says where this one failed
+    last = [] if shown and failures[-1:] == [f"{shown[0].configuration.name} at {shown[0].refuted}"] else failures[-1:]
+    knowledge.uncertified = "; ".join([*_first_open(lacks), *last])
     return None
+
+
+def _first_open(lacks: Sequence[tuple[Trial, int, str]]) -> list[str]:
+    """Return what the budget lacks for the first rate of these that no run has refuted since; [] if there is none."""
+    open_ = (words for trial, step, words in lacks if trial.refuted is None or step < trial.refuted.step)
+    return list(itertools.islice(open_, 1))
 
 
 def recall(knowledge: Knowledge, evaluator: Evaluator, trial: Trial, runs: Sequence[tuple[Probe, Outcome]]) -> None:

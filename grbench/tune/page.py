@@ -227,7 +227,8 @@ def _limit(knowledge: Knowledge, trial: Trial) -> str:
     if high is not None and trial.binding is not None:
         verdict, limit, outcome = trial.binding
         how = f" ({verdict})" if limit is not None else ""
-        return f"{limit.shown(outcome) if limit else outcome.status} at {rates.rate_of(high):.4g}/s{how}"
+        at = "certifying at" if trial.refuted is not None and trial.refuted.step == high else "at"
+        return f"{limit.shown(outcome) if limit else outcome.status} {at} {rates.rate_of(high):.4g}/s{how}"
     if knowledge.goal.rate is not None:
         return "the rate is fixed"
     if trial.low is None:

