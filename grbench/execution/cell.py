@@ -13,7 +13,7 @@ from typing import Any, cast
 from grbench import scenarios, workloads
 from grbench.config.schema import RunSpec
 from grbench.execution import engines, measure
-from grbench.execution.clock import at_most_every, pace
+from grbench.execution.clock import at_most_every, remaining
 from grbench.execution.energy import metered
 from grbench.execution.gpu import sample_gpu
 from grbench.execution.heap import leave_out
@@ -205,8 +205,9 @@ class Cell:
         begun = time.monotonic()
 
         def say(done: int) -> None:
-            took, shorter = pace(time.monotonic() - begun, done, count), "workload.max_requests makes a shorter trace"
-            self._say(f"making requests, {done:,} of {count:,}, {took}; {shorter}")
+            rest = remaining(time.monotonic() - begun, done, count)
+            shorter = "workload.max_requests makes a shorter trace"
+            self._say(f"making requests, {done:,} of {count:,}{f', {rest} left' if rest else ''}; {shorter}")
 
         self._begin("load", "making requests")
         progress = at_most_every(5.0, say)

@@ -72,12 +72,17 @@ def pace(seconds: float, done: float = 0.0, total: float = 0.0, most_s: float = 
     the time of all the work, which ends then however much is done. after_s: the time of what follows the total, which
     most_s covers.
     """
-    words = f"{_span(seconds)} so far"
+    rest = remaining(seconds, done, total, most_s, after_s)
+    return f"{_span(seconds)} so far" + (f", {rest} left" if rest else "")
+
+
+def remaining(seconds: float, done: float, total: float, most_s: float = math.inf, after_s: float = 0.0) -> str:
+    """Return how long the rest takes at the same pace: "about 2 min", or "" if it is not known. See `pace`."""
     if not 0 < done <= total:
-        return words
+        return ""
     rest_s = max(min(seconds * (total - done) / done, most_s - after_s - seconds), 0.0)
     least_s = 1.0 if after_s else 0.0  # "about 0 s" would say that nothing follows
-    return f"{words}, about {_span(max(rest_s + after_s, least_s))} left"
+    return f"about {_span(max(rest_s + after_s, least_s))}"
 
 
 def _span(seconds: float) -> str:

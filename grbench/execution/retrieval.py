@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from grbench.config.schema import RetrievalConfig
-from grbench.execution.clock import at_most_every, pace
+from grbench.execution.clock import at_most_every, remaining
 from grbench.workloads.config import DrawnConfig, WorkloadConfig
 from grbench.workloads.events import Events
 from grengines.api import Retrieval
@@ -51,7 +51,8 @@ def _made(
     begun = time.monotonic()
 
     def say(done: int, rows: int) -> None:
-        report(f"making semantic IDs of {items:,} items, {pace(time.monotonic() - begun, done, rows)}")
+        rest = remaining(time.monotonic() - begun, done, rows)
+        report(f"making semantic IDs of {items:,} items{f', {rest} left' if rest else ''}")
 
     progress = at_most_every(5.0, say)
     if isinstance(workload, DrawnConfig):

@@ -43,10 +43,10 @@ def run_cell(
 
     A record is never overwritten: if `folder` has one already, or another process measures there, the new one is kept
     in a folder beside it.
-    `on_event` receives the worker's {"stage": ...} and {"answered": n} messages. kept: keeps the worker for a later
-    cell of the same engine, and may have one for this cell; None: a fresh worker that ends with the cell. beside: the
-    number of cells that may run beside this one, and its own `cores` and `gpu`; None: it runs alone. facts: further
-    fields of the record's environment.
+    `on_event` receives the worker's {"stage": ...} and {"answered": n} messages, and {} after a silence. kept: keeps
+    the worker for a later cell of the same engine, and may have one for this cell; None: a fresh worker that ends with
+    the cell. beside: the number of cells that may run beside this one, and its own `cores` and `gpu`; None: it runs
+    alone. facts: further fields of the record's environment.
 
     Only Interrupted is raised, for any KeyboardInterrupt, after the worker has been stopped and its record kept.
     However the launcher ends, so does the worker.

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from grbench.config.jobs import Invocation, Job
 from grbench.config.schema import ConfigError, RunConfig, RunSpec, SlurmConfig
 from grbench.execution import records
-from grbench.execution.clock import SILENCE_S, at_most_every, pace
+from grbench.execution.clock import SILENCE_S, at_most_every, pace, remaining
 from grbench.execution.earlier import EarlierRecords
 from grbench.execution.folders import only_command
 from grbench.execution.kept import engine_key
@@ -353,7 +353,7 @@ def progress_of(spec: RunSpec, screen: Console, title: str, redrawn: bool = True
 class CellProgress:
     """The state of a cell: one line on a terminal, else a line for each stage, and now and then for the answers.
 
-    It is redrawn only when the worker reports, never by a timer: a busy launcher would disturb the measurement.
+    It is redrawn only on a message, never by a timer: a busy launcher would disturb the measurement.
     queries: the fewest answers of the scenario. least_s: its shortest duration. redrawn: False for lines also on a
     terminal. rare: such lines, and of the stages too only now and then.
     """
@@ -370,6 +370,7 @@ class CellProgress:
         self._screen, self.title, self._redrawn = screen, title, redrawn and not rare and screen.is_terminal
         self._queries, self._least_s = queries, least_s
         self._begun, self._stage_begun = time.monotonic(), time.monotonic()
+        self._stage = "starting"
         self._say_now_and_then = at_most_every(SILENCE_S, self._say)
         self._say_stage = self._say_now_and_then if rare else self._say
         self._bar = Progress(
@@ -393,22 +394,24 @@ class CellProgress:
             self._bar.stop()
 
     def show(self, event: Event) -> None:
-        """Take one message of the worker."""
+        """Take one message of the worker. All times count from the beginning of the cell."""
         now = time.monotonic()
-        if "stage" in event:
-            self._stage_begun = now
-            took = pace(now - self._begun)
-            self._bar.update(self._task, description=escape(f"{self.title}: {event['stage']}"), pace=took)
-            if not self._redrawn:
-                self._say_stage(event["stage"] if now - self._begun < 1 else f"{event['stage']} ({took})")
-        else:
+        took = pace(now - self._begun)
+        if "answered" in event:
             answered, seconds = event["answered"], now - self._stage_begun
             in_time = round(answered * self._least_s / seconds) if seconds else 0  # at the same pace
             total = max(self._queries, in_time, answered)  # some end after the duration
-            took = pace(seconds, answered, total)
+            if rest := remaining(seconds, answered, total):
+                took += f", {rest} of answers left"
             self._bar.update(self._task, completed=answered, total=total, pace=took)
             if not self._redrawn:
                 self._say_now_and_then(f"{answered} of {'about ' * (total > self._queries)}{total} answers, {took}")
+        else:
+            if "stage" in event:
+                self._stage, self._stage_begun = event["stage"], now
+            self._bar.update(self._task, description=escape(f"{self.title}: {self._stage}"), pace=took)
+            if not self._redrawn:
+                self._say_stage(self._stage if now - self._begun < 1 else f"{self._stage} ({took})")
         if self._redrawn:
             self._bar.refresh()
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grbench.config.schema import RunnerConfig, RunSpec, spec_to_json
+from grbench.execution.clock import SILENCE_S
 from grbench.execution.environment import code_digest
 from grbench.execution.gpu import GpuUse
 from grbench.execution.kept import engine_key
@@ -100,13 +101,17 @@ class Worker:
         return job
 
     def messages(self, deadline: float) -> Iterator[Event]:
-        """Yield the worker's messages up to a cell's outcome, or until it ends.
+        """Yield the worker's messages up to a cell's outcome, or until it ends, and {} after SILENCE_S without any.
 
         Raises TimeoutError at the deadline (monotonic seconds).
         """
         while True:
-            if not select.select([self._channel], [], [], max(deadline - time.monotonic(), 0.0))[0]:
-                raise TimeoutError
+            left_s = max(deadline - time.monotonic(), 0.0)
+            if not select.select([self._channel], [], [], min(left_s, SILENCE_S))[0]:
+                if left_s <= SILENCE_S:
+                    raise TimeoutError
+                yield {}
+                continue
             chunk = self._channel.read(65536)
             if not chunk:
                 return

@@ -200,19 +200,25 @@ def test_progress_in_a_log_has_the_time_and_what_is_left(monkeypatch: pytest.Mon
         (8, {"stage": "measuring"}),
         (10, {"answered": 100}),
         (30, {"answered": 440}),
+        (55, {"stage": "computing the figures"}),
+        (70, {}),  # the worker was silent
     ):
         now[0] = 100.0 + seconds
         progress.show(event)
     assert log.getvalue().splitlines() == [
         "1/4 hstu server: loading the workload",
         "1/4 hstu server: measuring (8 s so far)",
-        "1/4 hstu server: 440 of 1000 answers, 22 s so far, about 28 s left",
+        "1/4 hstu server: 440 of 1000 answers, 30 s so far, about 28 s of answers left",
+        "1/4 hstu server: computing the figures (55 s so far)",
+        "1/4 hstu server: computing the figures (70 s so far)",
     ]
     progress = CellProgress(Console(file=log, width=200), "2/4 hstu server", queries=1000, least_s=600)
     progress.show({"stage": "measuring"})
     now[0] += 50
     progress.show({"answered": 900})
-    assert log.getvalue().endswith("\n2/4 hstu server: 900 of about 10800 answers, 50 s so far, about 9 min left\n")
+    assert log.getvalue().endswith(
+        "\n2/4 hstu server: 900 of about 10800 answers, 50 s so far, about 9 min of answers left\n"
+    )
 
 
 def test_progress_that_is_rare_has_a_line_each_fifteen_seconds_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,15 +240,27 @@ def test_progress_that_is_rare_has_a_line_each_fifteen_seconds_at_most(monkeypat
             progress.show(event)
     assert log.getvalue().splitlines() == [
         "hstu server: checking answers (16 s so far)",
-        "hstu server: 280 of 1000 answers, 14 s so far, about 36 s left",
+        "hstu server: 280 of 1000 answers, 32 s so far, about 36 s of answers left",
     ]
+
+
+def test_a_silent_worker_is_no_silent_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker imports PyTorch before its first word, which takes longer than this limit of a silence."""
+    monkeypatch.setattr(workers, "SILENCE_S", 0.2)
+    spec, run = compose_spec([*QUICK, "runner.timeout_s=1.5"])
+    heard: list[Event] = []
+    record, _ = runner.run_cell(spec, run.runner, tmp_path / "cell", on_event=heard.append)
+    assert record.status is Status.TIMEOUT and heard.count({}) >= 2
 
 
 @pytest.mark.parametrize(
     "scenario, said",
     [
-        (["scenario=offline", "scenario.expected_qps=50"], "395 of 550 answers, 20 s so far, about 8 s left"),
-        (["scenario=server"], "395 of about 395 answers, 20 s so far, about 0 s left"),
+        (
+            ["scenario=offline", "scenario.expected_qps=50"],
+            "395 of 550 answers, 20 s so far, about 8 s of answers left",
+        ),
+        (["scenario=server"], "395 of about 395 answers, 20 s so far, about 0 s of answers left"),
         (["scenario=multi_stream", "scenario.queries=395", "scenario.min_duration_s=0"], "395 of 400 answers, 20 s"),
     ],
 )
