@@ -111,8 +111,9 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
         beyond = beyond or not only_unsure
         if not candidate.lower(only_unsure):
             candidates.remove(candidate)
-    shown = knowledge.unproven  # the answer itself says where this one failed
-    last = [] if shown and failures[-1:] == [f"{shown[0].configuration.name} at {shown[0].refuted}"] else failures[-1:]
+    shown = knowledge.incumbent or (knowledge.unproven[0] if knowledge.unproven else None)
+    said = shown and f"{shown.configuration.name} at {shown.refuted}"  # the answer begins with it
+    last = [failure for failure in failures[-1:] if failure != said]
     knowledge.uncertified = "; ".join([*_first_open(lacks), *last])
     return None
 

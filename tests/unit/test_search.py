@@ -583,7 +583,8 @@ def test_a_loss_that_is_not_proven_ends_the_tries_of_a_configuration() -> None:
     before = len(evaluator.probes)
     assert search.ranking() and certify(search, evaluator) is None
     assert len({probe.rate for _, probe in evaluator.probes[before:]}) == 1
-    assert "quality.auc_loss 0% [-1%, 1%] is likely" in search.uncertified
+    found = answer.answer(search, None)
+    assert found is not None and "quality.auc_loss 0% [-1%, 1%] is likely" in answer.sentence(found)
 
 
 def test_a_run_beyond_the_limit_fails_the_rate() -> None:
