@@ -28,7 +28,7 @@ from grbench.gate.base import Gate
 from grbench.gate.measured import MeasuredAnswers
 from grbench.gate.rank import coarsest
 from grbench.scenarios import Measurement
-from grbench.scenarios.config import is_accuracy, issued
+from grbench.scenarios.config import is_accuracy, issued, largest_batch
 from grbench.scenarios.growth import HopelessError
 from grbench.workloads.item_map import check_items
 from grbench.workloads.trace import Trace
@@ -50,12 +50,16 @@ class Cell:
     report: Report  # takes one message for the parent process
     _step: tuple[str, float] = ("", 0.0)  # the step that runs, and when it began
     _quality: quality.QualityFigures | None = None
+    _most: int = 0  # requests of a batch that the engine is prepared and checked for
 
     def run(self, kept: KeptEngine | None = None) -> None:
         """Take every step. Raises what a step raises.
 
         kept: may have the engine of an earlier cell, and keeps this one's. None: the engine is closed at the end.
         """
+        # A kept engine may get a load with more requests.
+        self._most = self.spec.scenario.max_batch if kept is not None else largest_batch(self.spec.scenario)
+        self.outcome.metrics["batch_size/prepared"] = float(self._most)
         with contextlib.ExitStack() as unless_kept:
             built = self._build(unless_kept) if kept is None else kept.of(self.spec, lambda: self._build(unless_kept))
             engine, trace = built.engine, built.trace
@@ -139,8 +143,9 @@ class Cell:
         """Load the trace, then build and prepare the engine. unless_kept: closes the engine at its end."""
         trace = self._load()
         retrieval = self._retrieval(trace)
-        self._begin("start", "building the engine")
-        spec, begun = self.spec, time.perf_counter()
+        spec, begun = self._prepared, time.perf_counter()
+        fewer = f" for batches of {self._most}: no larger one can occur" if spec != self.spec else ""
+        self._begin("start", f"building the engine{fewer}")
         engine = engines.build(spec, trace.catalogue, retrieval, self._say)
         unless_kept.callback(engine.close)
         engine.prepare(trace.requests.some(engines.MOST_PREPARED), spec.scenario.max_batch)
@@ -148,6 +153,11 @@ class Cell:
         self.outcome.metrics["engine_start_s"] = start_s
         self.outcome.actual = engine.actual()
         return Built(trace, retrieval, engine, start_s)
+
+    @property
+    def _prepared(self) -> RunSpec:
+        """The cell as the engine is prepared and checked for it."""
+        return dataclasses.replace(self.spec, scenario=dataclasses.replace(self.spec.scenario, max_batch=self._most))
 
     def _with_gate(self, built: Built) -> Built:
         """Return the engine with the gate of its answers."""
@@ -173,7 +183,7 @@ class Cell:
 
     def _check(self, engine: Engine, gate: Gate) -> None:
         """Check the engine and, if there is a cache, what each tier of it serves."""
-        max_batch = self.spec.scenario.max_batch
+        max_batch = self._most
         self.outcome.gate = gate.check(engine, max_batch).to_dict()
         if self.spec.cache.name != "none":
             self.outcome.gate["error_again"] = gate.check(engine, max_batch).error
@@ -188,9 +198,9 @@ class Cell:
         actual, engine, trace = self.outcome.actual, built.engine, built.trace
         found: tuple[quality.Quality | quality.ListQuality | None, quality.QualityFigures] | None
         if self.spec.task == "rank":
-            found = quality.measure(self.spec, trace, cast(Ranker, engine), coarsest(actual), actual["device"])
+            found = quality.measure(self._prepared, trace, cast(Ranker, engine), coarsest(actual), actual["device"])
         else:
-            found = quality.measure_lists(self.spec, trace, engine, built.retrieval, actual, built.references)
+            found = quality.measure_lists(self._prepared, trace, engine, built.retrieval, actual, built.references)
         if found is None:
             return
         beside, self._quality = found
@@ -218,7 +228,7 @@ class Cell:
     def _warm_up(self, engine: Engine, requests: Sequence[Request]) -> None:
         """Run full, half and quarter batches in turn, so that first-time costs of the common sizes are not measured."""
         self._begin("warm_up", "warming up")
-        size = self.spec.scenario.max_batch
+        size = self._most
         for i in range(self.spec.warmup_batches):
             start = (i * size) % len(requests)
             getattr(engine, self.spec.task)(requests[start : start + max(size >> (i % 3), 1)])
@@ -266,7 +276,7 @@ class Cell:
     def _check_again(self, engine: Engine, gate: Gate) -> None:
         """Check once more: after all that load a stale buffer or a corrupted state shows."""
         self._begin("compare", "checking against the fp32 reference again")
-        self.outcome.gate["error_after"] = gate.check(engine, self.spec.scenario.max_batch).error
+        self.outcome.gate["error_after"] = gate.check(engine, self._most).error
         self.outcome.actual = engine.actual()  # by now it has used every launch configuration that it needs
 
     def _check_measured(self, gate: Gate, answers: MeasuredAnswers) -> None:

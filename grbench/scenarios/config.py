@@ -108,6 +108,18 @@ def issuer_waits(config: ScenarioConfig) -> bool:
     return isinstance(config, SingleStreamConfig)
 
 
+def largest_batch(config: ScenarioConfig) -> int:
+    """Return the most requests that a batch can have: `max_batch`, or fewer if fewer can wait together."""
+    together = [config.max_batch, issued(config) or config.max_batch]
+    if isinstance(config, SingleStreamConfig):
+        together.append(1)
+    if isinstance(config, MultiStreamConfig):
+        together.append(config.samples_per_query)
+    if isinstance(config, ClosedLoopConfig):
+        together.append(config.clients)
+    return min(together)
+
+
 def issued(config: ScenarioConfig) -> int | None:
     """Return the number of requests that a scenario issues; None for all, or where its shortest duration decides."""
     if is_accuracy(config):

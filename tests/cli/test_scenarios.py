@@ -14,6 +14,7 @@ from typing import cast
 import numpy as np
 import pytest
 from helpers.forks import run_program
+from helpers.gated import run_cell
 from helpers.sleepy_engine import SleepyEngine, drive, make_requests
 
 from grbench import workloads
@@ -48,6 +49,14 @@ SCENARIOS = [
     TraceReplayConfig("trace_replay", max_batch=8, queries=150, mean_qps=500),
     ClosedLoopConfig("closed_loop", max_batch=8, queries=150, clients=8),
 ]
+
+
+@pytest.mark.parametrize("scenario, most", [("offline", 64), ("closed_loop", 4), ("multi_stream", 8)])
+def test_an_engine_is_prepared_for_no_batch_that_cannot_occur(tmp_path: Path, scenario: str, most: int) -> None:
+    clients = ["scenario.clients=4"] if scenario == "closed_loop" else []
+    few = [f"scenario={scenario}", *clients, "scenario.max_batch=65536", "scenario.queries=64", "warmup_batches=1"]
+    outcome = run_cell(tmp_path, ["engine=hstu", "model.layers=1", "kernel=torch", "gate.requests=2", *few])
+    assert outcome.metrics["batch_size/prepared"] == most >= outcome.metrics["batch_size/mean"]
 
 
 def assert_parts_sum_to_the_latency(m: Measurement) -> None:
