@@ -185,6 +185,8 @@ class TuneSession:
             f"{goal.objective} within {limits}; {number_of(len(space.configurations), 'configuration')}; "
             f"budget of this call: {self._declared.budget}"
         )
+        if space.axes:
+            self._say("searched: " + " ".join(f"{key}={','.join(values)}" for key, values in space.axes.items()))
         for reason, count in list(space.left_out.items())[:6]:
             self._say(f"left out {count}: {reason}")
         if len(space.left_out) > 6:

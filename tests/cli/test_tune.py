@@ -138,7 +138,8 @@ def test_a_small_search_writes_its_cells_its_page_and_a_deployment(grbench_here:
     assert not (new / "cells.json").exists()  # the records of the first search answer
     taken = f"takes over 2 probes of 2 configurations from {folder.relative_to(tmp_path)}, at no cost "
     assert taken in again.stderr and "takes over" not in done.stderr
-    assert done.stderr.splitlines()[0].endswith("budget of this call: 2 cells")
+    first, second = done.stderr.splitlines()[:2]
+    assert first.endswith("budget of this call: 2 cells") and second == "searched: engine.cpu_threads=1,2"
     assert f"\nserve it: grbench serve deployment={new.relative_to(tmp_path)}/best.yaml\n" in again.stderr
     for most, lost in (200_000, ["page"]), (300, ["deployment", "page"]):  # a limit of a file's size is a full disk
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
