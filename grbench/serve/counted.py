@@ -53,7 +53,9 @@ class Counted:
             loop.call_soon(service.traces.add, self._headers, took_s, post_s, status, facts)
         why = str(error) if isinstance(error, RefusedError) else "" if error is None else WHY.get(status, "")
         if why or service.config.log_requests:
-            say = service.log.error if why else service.log.info
+            log = service.log
+            refused = isinstance(error, RefusedError) and status < 500
+            say = log.warning if refused else log.error if why else log.info
             say("call", request_id=self._ident, status=status, strategy=strategy, ms=round(took_s * 1e3, 3), error=why)
 
 

@@ -164,6 +164,7 @@ class Api:
     async def _call(self, asked: HttpRequest) -> Call:
         """Read the call of a request. Raises RefusedError."""
         body, length = await self._body(asked), asked.headers.get(HEADER_LENGTH)
+        self._service.serving(*_names(asked))  # a wrong name counts before a wrong body
         came = time.perf_counter()  # the time in which a client sends the body is no wait for company
         text = len(body) if length is None else json_length(length)  # tensors behind it are only looked at
         call = parse_call(body, length) if text <= INLINE else await asyncio.to_thread(parse_call, body, length)

@@ -19,6 +19,10 @@ class Log:
         """Write what happened as expected."""
         self._write("info", event, facts)
 
+    def warning(self, event: str, **facts: Any) -> None:
+        """Write that a call was refused: its client can change or repeat it."""
+        self._write("warning", event, facts)
+
     def error(self, event: str, **facts: Any) -> None:
         """Write what went wrong."""
         self._write("error", event, facts)

@@ -83,6 +83,14 @@ class ServeConfig:
         except ValueError:
             return self.host == "localhost"
 
+    def url(self, port: int) -> str:
+        """Return the address for a client on this machine."""
+        scheme = "http" if self.tls_cert_file is None else "https"
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(
+            self.host, f"[{self.host}]" if ":" in self.host else self.host
+        )
+        return f"{scheme}://{host}:{port}"
+
     @property
     def api_keys(self) -> dict[bytes, str] | None:
         """The keys that clients need, each with its client's name; None: none. Raises ConfigError for a wrong file."""

@@ -187,7 +187,8 @@ def _serve(
                 return
             proxy = Proxy(Path(folder, "haproxy.cfg"), configuration(config, addresses, certificate))
             where = [f"{a.host}:{a.port}" for a in addresses]
-            log.info("listening", host=config.host, port=config.port, replicas=where)
+            command = f"grbench load url={config.url(config.port)}"
+            log.info("listening", host=config.host, port=config.port, replicas=where, next=command)
             while not ending.wait(WATCH_S):
                 if proxy.has_ended:
                     raise CommandError("haproxy has ended; its last lines say why", 1)

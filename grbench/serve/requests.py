@@ -63,8 +63,9 @@ def decode(
         raise invalid(
             f"inputs: {unknown[0]}: no such tensor; {nearest(unknown[0], INPUTS)}allowed are {', '.join(INPUTS)}"
         )
-    if missing := [name for name in REQUIRED if name not in tensors]:
-        raise invalid(f"inputs: {missing[0]} is missing; needed are {', '.join(REQUIRED)}")
+    required = [*REQUIRED, "NUM_CANDIDATES"] if bounds.task == "rank" else REQUIRED
+    if missing := [name for name in required if name not in tensors]:
+        raise invalid(f"inputs: {missing[0]} is missing; needed are {', '.join(required)}")
     users = _numbers(tensors, "USER_IDS", None, 0, None)
     count = len(users)
     if not 1 <= count <= bounds.max_users:
@@ -141,8 +142,6 @@ def _candidates(tensors: Mapping[str, Tensor], count: int, bounds: Bounds) -> li
         if "NUM_CANDIDATES" in tensors and any(_numbers(tensors, "NUM_CANDIDATES", count, 0, None)):
             raise invalid(f"NUM_CANDIDATES: task {bounds.task} takes no candidates; leave it out")
         return [0] * count
-    if "NUM_CANDIDATES" not in tensors:
-        raise invalid("inputs: NUM_CANDIDATES is missing: the number of candidates of each user")
     return _numbers(tensors, "NUM_CANDIDATES", count, 1, bounds.max_candidates)
 
 

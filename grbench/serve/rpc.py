@@ -178,6 +178,7 @@ class Rpc:
 
     async def _infer(self, request: Any, context: Any) -> Any:
         with Counted(self._service, _metadata(context), request.id[:128]) as counted:
+            self._service.serving(request.model_name, request.model_version)  # a wrong name first
             parameters = {name: _value(value) for name, value in request.parameters.items()}
             ident = text_of(request.id, "id")
             outputs = {text_of(output.name, f"outputs[{i}].name"): True for i, output in enumerate(request.outputs)}

@@ -74,7 +74,7 @@ async def serve(
         listening = asyncio.create_task(http.serve([listener]))
         port = listener.getsockname()[1]
         log.info("listening", host=config.host, port=port, grpc_port=grpc_port, since_start_s=_since_start_s())
-        starting = asyncio.create_task(_start(service))
+        starting = asyncio.create_task(_start(service, port))
         reloads = asyncio.create_task(_reload_upon(again, service))
         stop = asyncio.create_task(end.wait())
         try:
@@ -97,9 +97,10 @@ async def serve(
             log.info("ended")
 
 
-async def _start(service: Service) -> None:
+async def _start(service: Service, port: int) -> None:
     await service.start()
-    service.log.info("ready", model=service.model, task=service.deployment.task, since_start_s=_since_start_s())
+    facts = {"model": service.model, "task": service.deployment.task, "since_start_s": _since_start_s()}
+    service.log.info("ready", **facts, next=f"grbench load url={service.config.url(port)}")
 
 
 def _since_start_s() -> float:

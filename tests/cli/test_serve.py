@@ -180,7 +180,7 @@ WRONG = [
     (b"[1]", 400, "body: allowed is an object with the key inputs"),
     (b"[" * 90_000, 400, "body: not JSON"),
     (b"{}", 400, "inputs: missing; allowed is a list"),
-    ({"inputs": []}, 400, "inputs: USER_IDS is missing"),
+    ({"inputs": []}, 400, "USER_IDS is missing; needed are USER_IDS, TOKEN_LENGTHS, TOKENS, NUM_CANDIDATES"),
     ({"inputs": [{"name": 3}]}, 400, "inputs[0].name: wrong"),
     ({"inputs": base() + base()}, 400, "inputs[4].name=USER_IDS: it is there twice"),
     ({"inputs": base(USER_IDS=None)}, 400, "USER_IDS is missing"),
@@ -235,7 +235,9 @@ WRONG = [
 def test_a_wrong_call_is_refused_in_one_line(server: Serving, body: Any, status: int, words: str) -> None:
     found, answer, headers = server.call("/v2/models/hstu_tiny/infer", body)
     assert found == status and words in answer["error"] and "\n" not in answer["error"]
-    assert headers["x-request-id"]
+    [logged] = [e for e in server.events() if e.get("request_id") == headers["x-request-id"]]
+    assert (logged["level"], logged["status"]) == ("warning", status)
+    assert server.call("/v2/models/foo/infer", body)[0] == (413 if status == 413 else 404)
     assert server.call("/v2/models/hstu_tiny/infer", {"inputs": base()})[0] == 200  # the server goes on
 
 
@@ -432,6 +434,7 @@ def test_the_status_says_what_runs(server: Serving) -> None:
     parts = ("import", "prepare", "load", "graphs", "warm_up", "reference", "check", "costs")
     assert set(said["started"]["seconds"]) == set(parts) and min(said["started"]["seconds"].values()) >= 0
     assert 0 < said["listening"]["since_start_s"] <= said["ready"]["since_start_s"]
+    assert said["ready"]["next"] == f"grbench load url={server.url}"
 
 
 @pytest.mark.parametrize("engine", ["engine=hstu task=generate", "engine=pipeline engine@engine.retrieve=hstu"])
