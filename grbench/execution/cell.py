@@ -59,7 +59,6 @@ class Cell:
         """
         # A kept engine may get a load with more requests.
         self._most = self.spec.scenario.max_batch if kept is not None else largest_batch(self.spec.scenario)
-        self.outcome.metrics["batch_size/prepared"] = float(self._most)
         with contextlib.ExitStack() as unless_kept:
             built = self._build(unless_kept) if kept is None else kept.of(self.spec, lambda: self._build(unless_kept))
             engine, trace = built.engine, built.trace
@@ -89,6 +88,7 @@ class Cell:
                         unless_kept.pop_all()
                     raise
                 measurement.metrics |= measure.memory(self.outcome.actual["device"], built.gate_mib)
+                measurement.metrics["batch_size/prepared"] = float(self._most)
                 if built.cells:
                     measurement.notes.append(
                         f"the engine and its process had measured {built.cells} other loads before, and was not built "
