@@ -27,6 +27,7 @@ WORTH = "_worth"  # ends the name of a metric: how many independent samples a pe
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 # A tail percentile of a few samples is their maximum under another name. Ten independent samples must lie above it.
 SAMPLES_NEEDED = {99.0: 1000, 99.9: 10_000}
+NO_INTERVAL = "has no 95% interval"  # in the note of a percentile
 
 
 @dataclass
@@ -75,7 +76,7 @@ def latency_summary(latencies_ms: npt.ArrayLike, arrivals_s: npt.ArrayLike | Non
             if together >= needed:
                 why = f"these {count} are worth about {worth}, {WAIT_ALIKE}"
                 why += f"; about {requests_for_interval(count, worth, percent)} requests are enough"
-            summary.notes.append(f"{name} has no 95% interval: it needs {needed} samples, {why}")
+            summary.notes.append(f"{name} {NO_INTERVAL}: it needs {needed} samples, {why}")
     return summary
 
 

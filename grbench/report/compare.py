@@ -199,14 +199,17 @@ def _names(pairs: Sequence[tuple[RunRecord, RunRecord]], ignore: Sequence[str]) 
 
 
 def _notes_of_cells(*sides: Sequence[tuple[str, Sequence[Cell]]]) -> list[str]:
-    """Return the notes of the named cells of BASE and NEW, each once, with the cells that have it."""
+    """Return the notes of the named cells of BASE and NEW, each once, with the cells that have it.
+
+    Not those on intervals of records: a change has an interval of its own, or a note that says why not.
+    """
     records, names = [], []
     for side, cells in zip(("BASE", "NEW"), sides, strict=True):
         for name, runs in cells:
             rows = pooled([record for _, record in runs])
             records += rows
             names += [f"{side} {name}"] * len(rows)
-    return notes(records, names)
+    return [note for note in notes(records, names) if stats.NO_INTERVAL not in note]
 
 
 def _apart(base: Sequence[Cell], new: Sequence[Cell]) -> tuple[str, str] | None:

@@ -165,7 +165,7 @@ def parse(key: str, value: str) -> Limit:
         raise ConfigError(f"{key}={value}: a limit is a number or a share such as 0.1%") from None
     if not math.isfinite(bound):
         raise ConfigError(f"{key}={value}: a limit is a finite number or a share such as 0.1%")
-    if bound > 1 and SHARE.match(metric):
+    if bound > 1 and (SHARE.match(metric) or metric.endswith("hit_rate")):
         raise ConfigError(f"{key}={value}: it is a share of at most 1; allowed are such as 0.7, or 0.1% for a loss")
     if bound < 0 or ((bound == 0 and metric.endswith(("_ms", "_mib", "_rps"))) or (percentile and bound <= 0)):
         raise ConfigError(f"{key}={value}: nothing keeps it; allowed is a number above 0")

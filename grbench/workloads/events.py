@@ -320,8 +320,9 @@ class _Table:
         if bad:
             row = bad[0]
             cut = row.number == data.count(b"\n") and row.actual_columns < row.expected_columns
+            found = f"{row.actual_columns} field{'s' * (row.actual_columns != 1)}"
             raise DataError(
-                f"{path}: row {row.number} has {row.actual_columns} fields instead of {row.expected_columns}: "
+                f"{path}: row {row.number} has {found} instead of {row.expected_columns}: "
                 f"{self._as_written(row.text)[:80]!r}; "
                 + ("the file looks truncated, fetch it again or remove the row" if cut else FIX)
             )

@@ -214,9 +214,8 @@ def build_trace(events: Events, visits: Visits, config: WorkloadConfig, seed: in
     `max_requests` or `stale_events`. Raises DataError if there is no request.
     """
     if config.num_candidates > events.num_items:
-        raise DataError(
-            f"workload.num_candidates={config.num_candidates}: the workload has {events.num_items} items; ask for fewer"
-        )
+        items = f"{events.num_items} item{'s' * (events.num_items != 1)}"
+        raise DataError(f"workload.num_candidates={config.num_candidates}: the workload has {items}; ask for fewer")
     order, owner, first_event = find_requests(events, visits, config)
     firsts, begins = first_event[order], visits.starts[order]
     requests = Requests(

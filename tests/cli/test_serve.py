@@ -697,6 +697,8 @@ def test_the_option_of_the_server_at_fault_is_named(server: Serving, pipeline: S
     "words, error",
     [
         (["engine=hstu", "serve.ports=1"], "serve.ports: no such key; nearest: port"),
+        (["engine=hstu", "serve.http_port=1"], "serve.http_port: no such key; nearest: port"),
+        (["engine=hstu", "serve.grcp_port=1"], "serve.grcp_port: no such key; nearest: grpc_port"),
         (["engine=hstu", "serve.port=-1"], "serve.port=-1: allowed is int >= 0 and <= 65535"),
         (["engine=hstuu"], "engine=hstuu: no such option"),
         (["engine=hstu", "retrieval.k=4"], "retrieval.k=4: task=rank searches for no items; set task=generate, or"),

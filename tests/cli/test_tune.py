@@ -35,6 +35,7 @@ TINY = (
         (["latency_ms.p98=3"], "records have no such percentile; allowed: latency_ms.p50"),
         (["latency_ms.p99=fast"], "latency_ms.p99=fast: a limit is a number or a share such as 0.1%"),
         (["latency_ms.p99=0"], "latency_ms.p99=0: nothing keeps it"),
+        (["limits.cache/hit_rate=2"], "limits.cache/hit_rate=2: it is a share of at most 1; allowed are such as 0.7"),
         (["latency_ms.p99=80", "limits.latency_ms.p99=3"], "two limits, 80 and 3; give one"),
         (["quality.auc_loss=0.1%"], "quality is known only with trained weights and labels; give model.weights=FILE"),
         *(

@@ -69,6 +69,7 @@ GOOD = ["1,10,4.0,100", "1,11,5.0,200", "1,12,2.5,9000", "2,10,3.0,150"]
         ("userId,movieId,rating\n1,10,4.0\n", "no column is known to be the time (timestamp, "),
         (CSV + "\n".join([*GOOD, "2,11,4"]), "row 6 has 3 fields instead of 4: '2,11,4'; the file looks truncated"),
         (CSV + "\n".join([GOOD[0], "1,2,3,4,5", GOOD[1]]), "row 3 has 5 fields instead of 4"),
+        (CSV + "\n".join([GOOD[0], "1", GOOD[1]]), "row 3 has 1 field instead of 4"),
         (CSV + "\n".join([GOOD[0], "", GOOD[1]]), "row 3, column timestamp: '' is not a number"),
         (CSV + "\n".join([*GOOD, "2,11,good,160"]), "row 6, column rating: 'good' is not a number"),
         (CSV + "\n".join([*GOOD, "2,11,,160"]), "row 6, column rating: '' is not a number"),
