@@ -144,7 +144,7 @@ class Cell:
         trace = self._load()
         retrieval = self._retrieval(trace)
         spec, begun = self._prepared, time.perf_counter()
-        fewer = f" for batches of {self._most}: no larger one can occur" if spec != self.spec else ""
+        fewer = f" for batches of {self._most}, all that are issued" if spec != self.spec else ""
         self._begin("start", f"building the engine{fewer}")
         engine = engines.build(spec, trace.catalogue, retrieval, self._say)
         unless_kept.callback(engine.close)

@@ -109,15 +109,11 @@ def issuer_waits(config: ScenarioConfig) -> bool:
 
 
 def largest_batch(config: ScenarioConfig) -> int:
-    """Return the most requests that a batch can have: `max_batch`, or fewer if fewer can wait together."""
-    together = [config.max_batch, issued(config) or config.max_batch]
-    if isinstance(config, SingleStreamConfig):
-        together.append(1)
-    if isinstance(config, MultiStreamConfig):
-        together.append(config.samples_per_query)
-    if isinstance(config, ClosedLoopConfig):
-        together.append(config.clients)
-    return min(together)
+    """Return the most requests of a batch that an engine is prepared for: `max_batch`, or all that are issued.
+
+    Where fewer can wait together, as with one client, quality is still measured in batches of `max_batch`.
+    """
+    return min(config.max_batch, issued(config) or config.max_batch)
 
 
 def issued(config: ScenarioConfig) -> int | None:
