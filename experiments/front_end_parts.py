@@ -38,13 +38,17 @@ FACTS = {"strategy": "hstu", "reason": "only", **TIMES, "cached_tokens": 0}
 
 
 class _Silent(asyncio.Transport):
-    """A transport that sends nothing."""
+    """A transport that sends nothing. first: what was written first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = b""
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return ("127.0.0.1", 8000) if name in ("peername", "sockname") else default
 
     def write(self, data: Any) -> None:
-        pass
+        self.first = self.first or bytes(data)
 
     def is_closing(self) -> bool:
         return False
@@ -66,7 +70,8 @@ class _Nothing:
 def without_engine(infer: Callable[..., Any], metrics: Metrics) -> Any:
     """Return what stands for the service behind the endpoints, with this method `infer`."""
     config = SimpleNamespace(api_keys=None, max_body_mb=16, body_timeout_s=10, log_requests=False)
-    return SimpleNamespace(config=config, metrics=metrics, infer=infer, traces=None, finished=lambda *_: None)
+    nothing = {"traces": None, "serving": lambda *_: None, "finished": lambda *_: None}
+    return SimpleNamespace(config=config, metrics=metrics, infer=infer, **nothing)
 
 
 def took_us(call: Callable[[], object]) -> float:
@@ -86,7 +91,8 @@ async def connection_us(app: Any, call: bytes) -> float:
                             proxy_headers=False, interface="asgi3")  # fmt: skip
     config.load()
     connection = Connection(config=config, server_state=ServerState(), app_state={})
-    connection.connection_made(_Silent())
+    transport = _Silent()
+    connection.connection_made(transport)
     rounds = []
     for _ in range(5):
         begun = time.thread_time()
@@ -95,6 +101,8 @@ async def connection_us(app: Any, call: bytes) -> float:
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         rounds.append((time.thread_time() - begun) / (CALLS // 5))
+    if not transport.first.startswith(b"HTTP/1.1 200"):
+        raise RuntimeError(f"a call was not answered but refused: {transport.first[:200]!r}")
     return min(rounds) * 1e6
 
 

@@ -298,6 +298,9 @@ class _Starting:
         self.ready, self.log, self.metrics, self.traces = False, Log(io.StringIO()), Metrics(None), None
         self.limits: list[float] = []
 
+    def serving(self, *_: Any) -> None:
+        pass
+
     async def infer(self, call: Any, *_: Any) -> Any:
         self.limits.append(call.limit_s)
         raise RefusedError(503, "starting")
