@@ -35,7 +35,7 @@ bench: $(VENV)/.ready ## retrieve and rank for MovieLens-100K users on this mach
 test: lint ## lint, type check and run the tests that need no GPU
 	@$(TESTS)
 
-test-all: lint ## the same with the long hypothesis profile, and with every case of ../shared/cases
+test-all: lint ## the same with the long hypothesis profile: many random examples for each property test
 	@HYPOTHESIS_PROFILE=long; export HYPOTHESIS_PROFILE; $(TESTS)
 
 test-gpu: $(VENV)/.ready ## the tests that need an NVIDIA GPU

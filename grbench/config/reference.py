@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +35,15 @@ from grkernels.nearest import nearest
 INTRODUCTION = """\
 # Configuration
 
-`grbench config > docs/CONFIG.md` writes this page from the schemas.
+`grbench config > docs/CONFIG.md` writes this page; `grbench config engine scenario` prints two sections of it.
 
-A run is a choice for each group, `engine=hstu`, and values for keys, `engine.precision=bf16`.
-A file of `conf/<group>/` holds only the values that differ from its schema.
+A run is a choice for each group, such as `engine=hstu`, and values for keys, such as `engine.precision=bf16`:
+
+    python -m grbench engine=hstu engine.precision=bf16 scenario=server scenario.target_qps=100
+
 `python -m grbench --cfg job` prints all values of a run.
+Choices of one *kind* have the same keys, and "sets" has the values that differ from the defaults of the kind.
+Most sweeps change `engine`, `engine.precision`, `kernel`, `cache`, `scenario.max_batch` and `scenario.max_wait_ms`.
 """
 ROOTS = {
     "run": ("Keys without a group", RunConfig),
@@ -83,35 +86,53 @@ def reference() -> str:
 def sections() -> dict[str, str]:
     """Return the page's sections by the name of the group or command."""
     parts = {name: "\n".join([f"## {title}\n", *_table(schema)]) + "\n" for name, (title, schema) in ROOTS.items()}
-    groups = {name: "\n".join(_group(name)) + "\n" for name in schemas()}
-    commands = {name: parts.pop(name) for name in ("kernels", "cachesim", "fleet", "train", "training", "serve")}
-    return {**parts, **groups, **commands}
+    groups = {name: "\n".join(_group(name, kinds)) + "\n" for name, kinds in schemas().items()}
+    return {"run": parts.pop("run"), **groups, **parts}
 
 
-def _group(name: str) -> Iterator[str]:
+def _group(name: str, kinds: Mapping[str, type]) -> Iterator[str]:
+    several = len(kinds) > 1
     yield f"## `{name}`\n"
-    yield f"| `{name}=` | description | sets |"
-    yield "|---|---|---|"
+    yield f"| `{name}=` | {'kind | ' * several}description | sets |"
+    yield f"|---|{'---|' * several}---|---|"
     for path in sorted((Path(CONFIG_DIR) / name).glob("*.yaml")):
         lines = path.read_text().splitlines()
         about = " ".join(line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
         values = OmegaConf.load(path)
         assert isinstance(values, DictConfig)
+        kind = str(values.defaults[0]).removeprefix(f"/schema/{name}/").removesuffix("@_here_")
         own = " ".join(f"`{key}={_shown(values[key])}`" for key in map(str, values) if key not in ("defaults", "name"))
-        yield f"| `{path.stem}` | {about} | {own} |"
-    for base, schema in schemas()[name].items():
-        yield f"\n### `{name}`, schema `{base}`\n\n{_summary(schema)}\n"
-        yield from _table(schema)
+        yield f"| `{path.stem}` | {f'{kind} | ' * several}{about} | {own} |"
+    yield ""
+    yield from _keys(kinds) if several else _table(*kinds.values())
+
+
+def _keys(kinds: Mapping[str, type]) -> Iterator[str]:
+    """One row for each key of a group and each meaning that it has, with the kinds that have it so."""
+    rows: dict[str, dict[str, list[str]]] = {}
+    for kind, schema in kinds.items():
+        for key, row in _rows(schema):
+            rows.setdefault(key, {}).setdefault(row, []).append(kind)
+    yield "| key | of kind | allowed | default | meaning |"
+    yield "|---|---|---|---|---|"
+    rows.pop("name")  # a choice sets it
+    for key, meanings in rows.items():
+        for row, having in meanings.items():
+            yield f"| `{key}` | {', '.join(having) if len(having) < len(kinds) else 'all'} | {row} |"
 
 
 def _table(schema: type) -> Iterator[str]:
-    """One row for each key of a schema; groups, which have sections of their own, are left out."""
     yield "| key | allowed | default | meaning |"
     yield "|---|---|---|---|"
+    for key, row in _rows(schema):
+        yield f"| `{key}` | {row} |"
+
+
+def _rows(schema: type) -> Iterator[tuple[str, str]]:
+    """Each key of a schema and the rest of its row. Groups, which have sections of their own, are left out."""
     for field in dataclasses.fields(schema):
         if "help" in field.metadata:
-            meaning = field.metadata["help"] + _only_with(field)
-            yield f"| `{field.name}` | {describe(field)} | {_default(field)} | {meaning} |"
+            yield field.name, f"{describe(field)} | {_default(field)} | {field.metadata['help']}{_only_with(field)}"
 
 
 def _only_with(field: dataclasses.Field[Any]) -> str:
@@ -131,7 +152,3 @@ def _shown(value: Any) -> str:
     typed = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     return typed if isinstance(typed, str) else json.dumps(typed, separators=(",", ":"))
 
-
-def _summary(schema: type) -> str:
-    """The first paragraph of a docstring, one sentence per line."""
-    return " ".join((inspect.getdoc(schema) or "").partition("\n\n")[0].split()).replace(". ", ".\n")

@@ -111,8 +111,8 @@ def test_a_part_of_the_reference_can_be_printed(capsys: pytest.CaptureFixture[st
     assert printed in reference() and "| `latency_limit_ms` |" not in printed
     assert main(["config", "gates"]) == 2
     assert capsys.readouterr().err == (
-        "grbench config: gates: no such group; nearest: gate; groups: run, retrieval, gate, runner, slurm, tune, "
-        "model, engine, kernel, cache, workload, scenario, tracking, kernels, cachesim, fleet, train, training, serve\n"
+        "grbench config: gates: no such group; nearest: gate; groups: run, model, engine, kernel, cache, workload, "
+        "scenario, tracking, retrieval, gate, runner, slurm, tune, kernels, cachesim, fleet, train, training, serve\n"
     )
 
 
