@@ -44,6 +44,16 @@ A run is a choice for each group, such as `engine=hstu`, and values for keys, su
 `python -m grbench --cfg job` prints all values of a run.
 Choices of one *kind* have the same keys, and "sets" has the values that differ from the defaults of the kind.
 Most sweeps change `engine`, `engine.precision`, `kernel`, `cache`, `scenario.max_batch` and `scenario.max_wait_ms`.
+
+## A choice of your own
+
+A model of another shape, or any other choice that you reuse, is a file on one of the kinds, `FOLDER/model/NAME.yaml`:
+
+    defaults: [/schema/model/hstu@_here_, _self_]
+    name: NAME
+    layers: 8
+
+`python -m grbench --config-dir FOLDER engine=hstu model=NAME` takes it.
 """
 ROOTS = {
     "run": ("Keys without a group", RunConfig),
@@ -151,4 +161,3 @@ def _shown(value: Any) -> str:
     """A value as one types it: null, true, 0.5, [16,32]."""
     typed = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     return typed if isinstance(typed, str) else json.dumps(typed, separators=(",", ":"))
-

@@ -202,3 +202,9 @@ def test_the_page_about_records_has_every_field() -> None:
     assert len(found) > 150
     assert not {name for name in found if not known.fullmatch(name)}
     assert not known.fullmatch("engine/cache_thefts")
+
+
+def test_the_page_about_records_has_every_status() -> None:
+    page = (ROOT / "docs/design/running.md").read_text()
+    section = page[page.index("## Statuses") : page.index("## Fields of a record")]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.M) == list(Status)
