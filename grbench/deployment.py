@@ -181,7 +181,7 @@ def save(deployment: Deployment, path: str | Path, remark: str = "") -> None:
     """
     if problem := next(_problems(deployment), None):
         raise ConfigError(f"{path}: {problem}")
-    text = yaml.safe_dump(_filled(dataclasses.asdict(deployment)), sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.safe_dump(_filled(deployment), sort_keys=False, allow_unicode=True, width=120)
     lines = textwrap.wrap(remark, 118, break_long_words=False, break_on_hyphens=False)
     comment = HEADER + "".join(f"# {line}\n" for line in lines)
     atomic_io.write(Path(path), (comment + text).encode())
@@ -247,7 +247,14 @@ def _keys(schema: type) -> str:
 
 
 def _filled(value: Any) -> Any:
-    """Return nested values without those that are null, false or empty, which `load` fills in."""
+    """Return a value as plain data, without the fields that have their default, which `load` fills in."""
+    if dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(value)
+        return {f.name: _filled(its) for f in fields if (its := getattr(value, f.name)) != _default(f)}
     if isinstance(value, dict):
-        return {k: kept for k, v in value.items() if (kept := _filled(v)) not in (None, False, [], {})}
+        return {key: _filled(its) for key, its in value.items()}
     return [_filled(item) for item in value] if isinstance(value, list) else value
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -37,6 +37,14 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert load(tmp_path / "best.yaml") == WHOLE
 
 
+def test_a_figure_of_0_is_kept(tmp_path: Path) -> None:
+    step = Step("short", max_history=8, loss={"auc_loss": 0.0}, intervals={"auc_loss": [0.0, 0.0]})
+    strategy = Strategy("a", ["engine=hstu"], Certified(quality={"auc_loss_pct": 0.0}))
+    whole = Deployment(1, "rank", strategies=[strategy], degrade=[step])
+    save(whole, tmp_path / "best.yaml")
+    assert load(tmp_path / "best.yaml") == whole
+
+
 def test_every_strategy_is_composed() -> None:
     specs = WHOLE.specs()
     assert list(specs) == ["graphs", "eager"]
