@@ -51,6 +51,6 @@ def main(words: Sequence[str]) -> int:
         raise CommandError(e) from e
     for step in deployment.degrade:
         for figure, value in step.loss.items():
-            low, high = step.intervals[figure]
-            print(f"{step.name}: {figure} {value:.4f} [{low:.4f}, {high:.4f}], {step.record}")
+            interval = " [{:.4f}, {:.4f}]".format(*ends) if (ends := step.intervals.get(figure)) else ""
+            print(f"{step.name}: {figure} {value:.4f}{interval}, {step.record or 'as typed'}")
     return 0

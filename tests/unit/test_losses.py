@@ -318,11 +318,14 @@ def test_the_precision_of_a_record_is_that_which_ran() -> None:
     assert_is(short, "auc_loss", "Rank: history window against speed", "8")
 
 
-def test_fewer_candidates_keep_the_loss_that_was_typed() -> None:
-    typed = Step("half", max_candidates=16, loss={"auc_loss": 0.003})
-    kept, short = with_losses(*rank(typed, Step("short", max_history=8)), read_cells([KEPT]), KEPT)
+def test_fewer_candidates_keep_the_loss_that_was_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, typed = tmp_path / "best.yaml", Step("half", max_candidates=16, loss={"auc_loss": 0.003})
+    deployments.save(rank(typed, Step("short", max_history=8))[0], file)
+    assert main([str(file), str(KEPT)]) == 0
+    kept, short = deployments.load(file).degrade
     assert kept == typed
     assert_is(short, "auc_loss", "Rank: history window against speed", "8")
+    assert capsys.readouterr().out.startswith("half: auc_loss 0.0030, as typed\nshort: auc_loss ")
 
 
 def test_a_loss_of_nothing_has_no_sign() -> None:
