@@ -276,3 +276,9 @@ def figure(value: float | None) -> str:
     if abs(value) >= 100 or value == 0:
         return f"{value:.0f}"
     return f"{value:#.3g}".removesuffix(".") if abs(value) >= 0.1 else f"{value:.2g}"
+
+
+def with_interval(value: float | None, ends: Sequence[float] | None) -> str:
+    """Return a figure with its interval, if there is one: "5.23 [4.91, 6.02]"."""
+    text = figure(value)
+    return f"{text} [{figure(ends[0])}, {figure(ends[1])}]" if ends and text != MISSING else text

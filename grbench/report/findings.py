@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from grbench.execution.records import RunRecord
 from grbench.execution.stats import PERCENTILES, SHORTEST_S, WORTH, requests_for_interval
-from grbench.report.cells import figure, flatten, knobs, labels, named, short_paths, shown
+from grbench.report.cells import figure, flatten, knobs, labels, named, short_paths, shown, with_interval
 from grbench.report.repeats import P99_NEEDS, estimate, latest_by_seed, pooled, ranking_percentile
 from grbench.report.work import (
     EMULATED,
@@ -62,8 +62,7 @@ class Estimate:
         return self.interval or (self.value, self.value)
 
     def __str__(self) -> str:
-        ends = f" [{', '.join(map(figure, self.interval))}]" if self.interval else ""
-        return figure(self.value) + ends
+        return with_interval(self.value, self.interval)
 
     @property
     def too_short(self) -> bool:

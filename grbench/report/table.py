@@ -13,7 +13,7 @@ from rich.text import Text
 
 from grbench.execution.energy import METRIC as JOULES
 from grbench.execution.records import RunRecord, Status
-from grbench.report.cells import MISSING, Cell, figure, labels, named
+from grbench.report.cells import MISSING, Cell, figure, labels, named, with_interval
 from grbench.report.findings import comparable, findings, limit_verdict
 from grbench.report.groups import best_first
 from grbench.report.repeats import NUMBER, pooled, ranking_percentile, run_count
@@ -47,11 +47,9 @@ def _of_latency(name: str, interval: bool = False) -> Callable[[RunRecord], str]
     """Format a latency, except for `offline`: there it is the time in a queue of all requests."""
 
     def text(record: RunRecord) -> str:
-        if record.spec["scenario"]["name"] == "offline":
+        if scenario_of(record) == "offline":
             return MISSING
-        value = figure(record.metrics.get(name))
-        ends = record.intervals.get(name)
-        return f"{value} [{figure(ends[0])}, {figure(ends[1])}]" if interval and ends and value != MISSING else value
+        return with_interval(record.metrics.get(name), record.intervals.get(name) if interval else None)
 
     return text
 
@@ -63,10 +61,8 @@ def _compared(record: RunRecord) -> str:
 
 def _throughput(record: RunRecord) -> str:
     """Format a throughput, with the interval over repeats where it is a result, and not the offered load."""
-    value, ends = figure(record.metrics.get("throughput_rps")), record.intervals.get("throughput_rps")
-    if ends is None or record.spec["scenario"]["name"] not in ("offline", "closed_loop"):
-        return value
-    return f"{value} [{figure(ends[0])}, {figure(ends[1])}]"
+    ends = record.intervals.get("throughput_rps") if scenario_of(record) in ("offline", "closed_loop") else None
+    return with_interval(record.metrics.get("throughput_rps"), ends)
 
 
 def _stages(record: RunRecord) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,11 @@ from grbench.execution.load import DISTURBED
 from grbench.execution.records import IN_RUN, RESAMPLES_FILE, RunRecord
 from grbench.execution.stats import SHORTEST_S
 from grbench.quality.metrics import Estimate, Floats, estimate_of
-from grbench.report.cells import MISSING, engine_name, figure, shown
+from grbench.report.cells import MISSING, engine_name, figure, shown, with_interval
 from grbench.report.chart import Chart, Series
 from grbench.report.cost_charts import precision_of
 from grbench.report.groups import VERBS, Row
-from grbench.report.work import emulated, offered_load, options_of, scenario_of, servers_of, unit_of
+from grbench.report.work import LOADS, emulated, offered_load, options_of, scenario_of, servers_of
 
 FIGURES = {  # those of a task, the headline first, and the name of each
     "rank": {"auc": "AUC", "ne": "NE"},
@@ -107,11 +108,11 @@ AXES = (
 
 @dataclass(frozen=True)
 class Point:
-    """A cell that has quality and throughput, and the cell that measured it as a server, if there is one."""
+    """A cell that has quality and throughput, and the cells that measured it as a server, by their offered load."""
 
     row: Row
     drawn: dict[str, Floats]  # resamples of each figure
-    server: Row | None
+    servers: dict[float, Row]
 
     def quality(self, name: str) -> Estimate:
         return estimate_of(self.row.record.metrics[f"quality/{name}"], self.drawn[name])
@@ -157,6 +158,16 @@ class Tradeoff:
     @property
     def title(self) -> str:
         return f"{VERBS[self.task]}: {_lower(self.axis.title)} against speed"
+
+    @property
+    def load(self) -> float | None:
+        """The one offered load of the servers in the table: that of most points, and of equal ones the highest."""
+        loads = Counter(load for point in self.points for load in point.servers)
+        return max(loads, key=lambda load: (loads[load], load), default=None)
+
+    def server(self, point: Point) -> Row | None:
+        """Return the cell that measured a point as a server at the load of the table."""
+        return None if self.load is None else point.servers.get(self.load)
 
     def text(self, point: Point) -> str:
         return self.axis.text(point.row.record)
@@ -224,8 +235,7 @@ class Tradeoff:
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return the heads and the lines of the table."""
-        load = next((point.server.record for point in self.points if point.server), None)
-        at = f"p99 at {offered_load(load):g} {unit_of(load)}, ms" if load else "p99, ms"
+        at = "p99, ms" if self.load is None else f"p99 at {self.load:g} {LOADS['server'][1]}, ms"
         heads = ["#", _lower(self.axis.title)]
         for text in self.figures.values():
             heads += [text, f"change of {text}"]
@@ -233,21 +243,22 @@ class Tradeoff:
         return heads, [self._line(point) for point in self.points]
 
     def _line(self, point: Point) -> list[str]:
-        numbers = [point.row.number, *([point.server.number] if point.server else [])]
+        server = self.server(point)
+        numbers = [point.row.number, *([server.number] if server else [])]
         line = [", ".join(map(str, numbers)), self.text(point) + (" (base)" if point is self.base else "")]
         for name in self.figures:
             value, change = point.quality(name), self.change(point, name)
             line.append(f"{value.value:.4f} [{value.low:.4f}, {value.high:.4f}]")
             line.append(_unless(point is self.base, f"{change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"))
-        rate, gain = point.speed, self.gain(point)
-        line.append("{} [{}, {}]".format(*map(figure, rate)))
+        (rate, *ends), gain = point.speed, self.gain(point)
+        line.append(with_interval(rate, ends))
         line.append(
             _unless(
                 not self.comparable(point) or point is self.base,
                 f"{gain.value:+.0%} [{gain.low:+.0%}, {gain.high:+.0%}]",
             )
         )
-        return [*line, _p99(point.server.record) if point.server else MISSING]
+        return [*line, _p99(server.record) if server else MISSING]
 
     def chart(self, number: int) -> Chart:
         """Return the headline figure against requests/s, each with its interval."""
@@ -277,7 +288,7 @@ class Tradeoff:
     @property
     def rows(self) -> list[Row]:
         """The rows of the page that the table has."""
-        return [row for point in self.points for row in (point.row, point.server) if row is not None]
+        return [row for point in self.points for row in (point.row, self.server(point)) if row is not None]
 
 
 def change(base: Point, point: Point, name: str) -> Estimate:
@@ -307,14 +318,17 @@ def _lower(title: str) -> str:
 
 
 def points(rows: Sequence[Row]) -> list[Point]:
-    """Return the OK offline cells with quality and its resamples, each with its server's cell."""
+    """Return the OK offline cells with quality and its resamples, each with the cells of its server."""
     ok = [row for row in rows if row.record.ok and row.record.metrics.get("throughput_rps")]
-    servers = {_key(row.record): row for row in ok if scenario_of(row.record) == "server"}
+    servers: dict[str, dict[float, Row]] = {}
+    for row in ok:
+        if (load := offered_load(row.record)) is not None and scenario_of(row.record) == "server":
+            servers.setdefault(_key(row.record), {}).setdefault(load, row)  # rows are best first
     found = []
     for row in ok:
         drawn = _resamples(row) if scenario_of(row.record) == "offline" else {}
         if drawn:
-            found.append(Point(row, drawn, servers.get(_key(row.record))))
+            found.append(Point(row, drawn, servers.get(_key(row.record), {})))
     return found
 
 
@@ -365,10 +379,9 @@ def _axis(base: Point, other: Point) -> Axis | None:
 def _p99(record: RunRecord) -> str:
     """Return p99 with its interval, or the rate of a server that did not keep up."""
     rate, offered = record.metrics["throughput_rps"], record.metrics.get("offered_rps", 0.0)
-    value, ends = record.metrics.get("latency_ms/p99"), record.intervals.get("latency_ms/p99")
     if rate < 0.9 * offered:
         return f"overloaded: {figure(rate)}/s"
-    return figure(value) + (f" [{figure(ends[0])}, {figure(ends[1])}]" if ends else "")
+    return with_interval(record.metrics.get("latency_ms/p99"), record.intervals.get("latency_ms/p99"))
 
 
 def _unless(absent: bool, text: str) -> str:

@@ -46,7 +46,8 @@ def cell(root: Path, hits: Any, rate: float, width: int = 64, k: int = 10, stale
     folder = root / str(len(list(root.glob("*"))))
     estimate = metrics.means({"hr10": hits})["hr10"] if hits is not None else None
     ends = {"throughput_rps/in_run": [0.99 * rate, 1.01 * rate]}
-    record = write_cell(folder, f"scenario={changes.pop('scenario', 'offline')}", f"workload.stale_events={stale}")
+    load = [f"scenario={changes.pop('scenario', 'offline')}", f"scenario.target_qps={changes.pop('load', 100)}"]
+    record = write_cell(folder, *load, f"workload.stale_events={stale}")
     record.spec |= {"task": "generate", "retrieval": {"beam_width": width, "k": k}}
     record.spec["engine"] = changes.get("engine", record.spec["engine"])
     record.spec["gate"]["quality_requests"] = 1000 if estimate else 0
@@ -144,6 +145,17 @@ def test_the_page_has_the_sections_once_and_the_other_cells_as_before(root: Path
     assert page.count("## Retrieve offline") == 1  # of the cell that is on no axis
     drawn = html_page("t", content)
     assert drawn.count('id="figure_quality_') == 2
+
+
+def test_p99_is_that_at_the_load_that_most_cells_have(tmp_path: Path) -> None:
+    study(tmp_path)
+    idle = {"offered_rps": 50.0, "latency_ms/p99": 5.0, "throughput_rps": 50.0}
+    cell(tmp_path, None, 0.0, scenario="server", load=50, metrics=idle)
+    beams = found(tmp_path)[0]
+    heads, lines = beams.table()
+    assert heads[-1] == "p99 at 100 requests/s, ms"
+    assert [line[-1] for line in lines] == ["-", "30.0 [28.0, 33.0]", "overloaded: 40.0/s"]
+    assert {row.record.spec["scenario"]["target_qps"] for row in beams.rows} == {100}
 
 
 def test_a_chart_has_intervals_on_both_axes(root: Path) -> None:
