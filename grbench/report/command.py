@@ -41,14 +41,15 @@ def main(words: Sequence[str]) -> int:
     require_parent(args.out)
     try:
         with tempfile.TemporaryDirectory(prefix="grbench-report-") as downloads:
-            cells = read_cells(roots)
             if args.mlflow:
-                from grbench.report.mlflow_runs import download_cells
+                from grbench.report.mlflow_runs import download
 
-                cells += download_cells(args.mlflow, args.experiment, Path(downloads))
+                download(args.mlflow, args.experiment, Path(downloads))
+                roots = [*roots, Path(downloads)]  # read together, so that a record that is in both counts once
+            cells = read_cells(roots)
             from grbench.report.write import write_report
 
-            damaged = left_out(roots)
+            damaged = [line.replace(downloads, args.mlflow or "") for line in left_out(roots)]
             written = write_report(cells, args.out, args.title, damaged)
             undrawn = damaged_samples(cells)
     except (ReportError, OSError) as e:

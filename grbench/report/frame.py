@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,20 +43,15 @@ def read_cells(roots: Sequence[Path]) -> list[Cell]:
     """
     found: dict[tuple[str, str, float], Cell] = {}
     for root in roots:
+        make = shlex.join(["python", "-m", "grbench", f"runner.output_root={root}"])
         if root.is_file():
             raise ReportError(f"{root}: it is a file; give the folder of a record, or one above it")
         if not root.is_dir():
-            raise ReportError(
-                f"{root}: no such folder; check the path, or make one: `python -m grbench runner.output_root={root}`"
-            )
+            raise ReportError(f"{root}: no such folder; check the path, or make one: `{make}`")
         cells = list(records.find(root))
         if not cells:
             why = left_out([root])
-            raise ReportError(
-                "; ".join(why)
-                if why
-                else f"no record found under {root}; `python -m grbench runner.output_root={root}` makes one"
-            )
+            raise ReportError("; ".join(why) or f"no record found under {root}; `{make}` makes one")
         for folder, record in sorted(cells, key=lambda cell: len(cell[0].parts)):
             found.setdefault((record.spec_hash, record.started_at, record.duration_s), (folder, record))
     return records.without_superseded(sorted(found.values(), key=records.by_start))

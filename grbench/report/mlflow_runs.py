@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grbench.execution import records
-from grbench.report.cells import Cell
-from grbench.report.frame import ReportError, read_cells
+from grbench.report.frame import ReportError
 from grbench.tracking import database
 from grbench.tracking.config import check_uri
 from grkernels.nearest import nearest
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-def download_cells(uri: str, experiment: str, folder: Path) -> list[Cell]:
+def download(uri: str, experiment: str, folder: Path) -> None:
     """Download the cells of `experiment` at the tracking `uri`, each to a subfolder of `folder`.
 
     Runs without a record (a sweep's parent) are skipped. Raises ReportError for an unreadable URI, an unknown
@@ -48,7 +47,6 @@ def download_cells(uri: str, experiment: str, folder: Path) -> list[Cell]:
         raise ReportError(f"--experiment {experiment}: unknown at {uri}; {known_words}")
     if not runs:
         raise ReportError(f"--experiment {experiment}: none of its runs at {uri} has a {records.RECORD_FILE}")
-    return read_cells([folder])
 
 
 def _download(client: MlflowClient, experiment_id: str, folder: Path) -> int:

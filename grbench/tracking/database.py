@@ -32,12 +32,19 @@ def uri_of(path: Path) -> str:
 
 
 def path_of(uri: str) -> Path | None:
-    """Return the database that a tracking URI names, without links, or None for another kind of store."""
+    """Return the database that a tracking URI names, without links, or None for another kind of store.
+
+    Raises ValueError for a URI of sqlite that names none.
+    """
     if not uri.startswith("sqlite"):
         return None
     from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
 
-    name = make_url(uri).database
+    try:
+        name = make_url(uri).database
+    except ArgumentError:
+        raise ValueError(f"{uri}: no URI of a database; allowed is such as sqlite:///outputs/mlruns.db") from None
     return Path(name).resolve() if name else None
 
 

@@ -753,13 +753,14 @@ def test_errors_are_one_line(sweep: Path, tmp_path: Path, capsys: Capture) -> No
     assert f"no record found under {empty}; `python -m grbench runner.output_root={empty}` makes one" in fails(
         capsys, str(empty), *out
     )
-    assert "nowhere: no such folder; check the path, or make one: `python -m grbench runner" in fails(
-        capsys, str(tmp_path / "nowhere"), *out
+    assert "no where: no such folder; check the path, or make one: `python -m grbench 'runner.output_root=" in fails(
+        capsys, str(tmp_path / "no where"), *out
     )
     (empty / records.RECORD_FILE).write_text("{")
     assert f"{empty}/record.json: not JSON" in fails(capsys, str(empty), *out)
     assert "cannot be read" in fails(capsys, "--mlflow", "nosuchscheme://x", *out)
     assert "no such file" in fails(capsys, "--mlflow", f"sqlite:///{tmp_path}/none.db", *out)
+    assert "sqlite:x.db: no URI of a database; allowed is such as" in fails(capsys, "--mlflow", "sqlite:x.db", *out)
     assert not (tmp_path / "none.db").exists()
     assert "the suffix says the form; allowed: .md, .html, .csv, .json" in fails(
         capsys, str(sweep), "--out", str(tmp_path / "r.pdf")
@@ -835,15 +836,20 @@ def test_runs_come_out_of_mlflow_as_they_went_in(sweep: Path, tmp_path: Path, ca
     for name, source in (
         ("files.md", [str(sweep)]),
         ("mlflow.md", ["--mlflow", uri, "--experiment", "grbench"]),
+        ("both.md", [str(sweep), "--mlflow", uri]),
     ):
         assert main(["report", *source, "--out", str(tmp_path / name)]) == 0
-    from_files, from_mlflow = ((tmp_path / name).read_text() for name in ("files.md", "mlflow.md"))
-    assert from_mlflow.replace("mlflow_files", "files_files") == from_files
+    pages = {name: (tmp_path / f"{name}.md").read_text() for name in ("files", "mlflow", "both")}
+    assert len({page.replace(f"{name}_files", "files_files") for name, page in pages.items()}) == 1
     assert ink((tmp_path / "mlflow_files" / "1_latency_cdf.png").read_bytes()) > 0.01
     capsys.readouterr()
     error = fails(capsys, "--mlflow", uri, "--experiment", "other", "--out", str(tmp_path / "r.md"))
     assert f"--experiment other: unknown at {uri}; known: " in error
     assert "grbench" in error.split("known: ")[1]
+    damaged = min((tmp_path / "mlflow").rglob(records.RECORD_FILE))
+    damaged.write_text("[]")
+    assert main(["report", "--mlflow", uri, "--out", str(tmp_path / "rest.md")]) == 0
+    assert f"left out: {uri}/{damaged.parents[1].name}/record.json: not a record" in capsys.readouterr().err
 
 
 def test_module_runs_and_explains_itself(sweep: Path, tmp_path: Path) -> None:
