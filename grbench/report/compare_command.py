@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -90,7 +91,7 @@ def main(words: Sequence[str]) -> int:
     try:
         sides = dict.fromkeys([*args.base, args.new])
         if len(absent := [side for side in sides if ":" not in side and not Path(side).exists()]) > 1:
-            makers = ", ".join(f"runner.output_root={side}" for side in absent)
+            makers = ", ".join(shlex.quote(f"runner.output_root={side}") for side in absent)
             raise ReportError(
                 f"{', '.join(absent)}: no such folders; check the paths, or make them: `python -m grbench` with "
                 f"{makers}"
@@ -152,9 +153,10 @@ def _cells(side: str, lacking: list[str]) -> Iterator[list[Cell]]:
     path = Path(side)
     if path.is_file():
         try:
-            yield [(path.parent, records.load(path))]
+            cell = path.parent, records.load(path)
         except ValueError as e:
             raise ReportError(str(e)) from None
+        yield [cell]
     elif path.is_dir() or ":" not in side:
         yield _readable(path, lacking)
     else:

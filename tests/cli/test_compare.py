@@ -15,6 +15,7 @@ from helpers.cells import write_cell
 from helpers.command import Grbench
 
 from grbench.execution.records import Status
+from grbench.report import compare_command
 from grbench.report.compare import Change, Verdict, bootstrap_interval, compare, t_interval
 from grbench.report.frame import ReportError, read_cells
 from grkernels import fp8
@@ -420,3 +421,15 @@ def test_other_content_of_one_path_is_other_work(tmp_path: Path) -> None:
         write_cell(tmp_path / side / "0", "workload.path=1", files={"workload.path": digest * 32})
     with pytest.raises(ReportError, match="path is sha256:aaaaaaaaaaaa in BASE and sha256:bbbbbbbbbbbb in NEW"):
         compare(*sides(tmp_path))
+
+
+def test_a_defect_is_not_taken_for_a_damaged_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defect(*_: object) -> None:
+        raise ValueError("a defect")
+
+    write_cell(tmp_path / "one")
+    monkeypatch.setattr(compare_command, "compare", defect)
+    file = str(tmp_path / "one" / "record.json")
+    with pytest.raises(ValueError, match="a defect") as raised:
+        compare_command.main([file, file])
+    assert raised.type is ValueError
