@@ -33,10 +33,11 @@ def main(words: Sequence[str]) -> int:
     from grbench.report import studies
 
     kept = {folder.name: folder for folder in studies.folders(args.root)}
-    if not args.keep and (unknown := [name for name in args.names if not (args.root / name).is_dir()]):
+    unknown = [] if args.keep else [name for name in args.names if not (args.root / name).is_dir()]
+    if not kept and (unknown or not args.names):
+        raise CommandError(f"--root {args.root}: no report there; give the folder that holds them")
+    if unknown:
         near = nearest(unknown[0], kept)
-        if not kept:
-            raise CommandError(f"--root {args.root}: no report there; give the folder that holds them")
         raise CommandError(f"{unknown[0]}: no such report; {near}reports of {args.root}: {', '.join(kept)}")
     chosen = [args.root / name for name in args.names] or list(kept.values())
     try:

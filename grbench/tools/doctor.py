@@ -179,7 +179,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str]) -> int:
-    """Print each finding once it is known. Returns 0 if everything that the default run needs is there, else 1."""
+    """Print each finding once it is known. Returns 1 if a required package is missing or engine hstu fails, else 0."""
     args = parser().parse_args(words)
     console, found = unwrapped(Console()), []
     if not args.json:
@@ -191,7 +191,8 @@ def main(words: Sequence[str]) -> int:
             console.print(_row(f.kind, f.name, status, "; ".join(filter(None, (f.detail, f.remedy)))))
     if args.json:
         print(json.dumps([asdict(f) for f in found], indent=1))
-    return 0 if all(f.ok for f in found if f.kind == "package") else 1
+    needed = [f for f in found if f.kind == "package" or (f.kind, f.name) == ("engine", "hstu")]
+    return 0 if all(f.ok for f in needed) else 1
 
 
 def _row(kind: str, name: str, status: Text, detail: str, style: str = "") -> Table:

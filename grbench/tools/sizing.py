@@ -13,6 +13,7 @@ from rich.table import Table
 from grbench import workloads
 from grbench.config.arguments import Arguments
 from grbench.config.schema import ConfigError, RunSpec
+from grbench.report.screen import unwrapped
 from grbench.workloads.events import DataError
 from grengines import registry
 from grengines.api import Catalogue
@@ -295,15 +296,15 @@ def main(words: Sequence[str]) -> int:
     args = parser().parse_intermixed_args(words)
     spec, _ = compose_spec(args.overrides, args.config_dir, refuse_unread=True)
     for flag, value in (("--items", args.items), ("--memory-gib", args.memory_gib)):
-        if value is not None and not value > 0:
-            raise ConfigError(f"{flag} {value}: allowed is > 0")
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{flag} {value}: allowed is a finite number > 0")
     if args.precision == "fp8":
         if spec.task != "rank":
             raise ConfigError(f"--precision fp8: only ranking has it, and the task is {spec.task}; set task=rank")
         if problem := without_fp8(spec.task, spec.ranking_model, "--precision "):
             raise ConfigError(problem)
     catalogue = _catalogue(spec, args.items)
-    console = Console()
+    console = unwrapped(Console())
     for task, size in (("generate", _generating), ("rank", _ranking)):
         if spec.task == "recommend":
             console.print(f"to {task}", style="bold")

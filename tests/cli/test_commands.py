@@ -13,7 +13,7 @@ from helpers.command import Grbench
 
 from grbench.config.compose import compose_spec
 from grbench.execution.records import RunRecord, Status
-from grbench.tools import doctor
+from grbench.tools import doctor, sizing
 from grbench.tools.sizing import flops, fp8_flops, kv_bytes, last_layer, parameters, ranking_attention, weight_bytes
 from grengines import registry as engines
 from grengines.api import Catalogue
@@ -77,7 +77,7 @@ def test_doctor_shows_a_finding_before_it_looks_for_the_next(tmp_path: Path, mon
     monkeypatch.setattr(engines, "availability", lambda name: None)
     with (tmp_path / "out").open("w") as out:
         monkeypatch.setattr(sys, "stdout", out)
-        doctor.main([])
+        assert doctor.main([]) == 1  # engine hstu does not run
     assert [len(lines) for lines in seen] == [1, 2, 3]  # the heading, and the engines before
     assert [line.split()[:3] for line in seen[2][1:]] == [["engine", n, "missing"] for n in ("hstu", "onnxruntime")]
     lines = (tmp_path / "out").read_text().splitlines()
@@ -175,8 +175,15 @@ def test_sizing_prints_and_refuses(grbench_here: Grbench) -> None:
     assert "Traceback" not in refused.stderr
     refused = grbench_here("sizing", "engine=hstu", "retrieval.k=4")
     assert refused.stderr.startswith("grbench sizing: retrieval.k=4: task=rank searches for no items")
-    refused = grbench_here("sizing", "--items", "0")
-    assert "allowed is > 0" in refused.stderr
+    for flag, value in (("--items", "0"), ("--memory-gib", "inf")):
+        refused = grbench_here("sizing", flag, value)
+        assert refused.stderr.startswith(f"grbench sizing: {flag} {value}: allowed is a finite number > 0")
+
+
+def test_sizing_cuts_no_figure_in_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert sizing.main(["engine=hstu", "model=dlrm_v3", "workload=synthetic_long"]) == 0
+    assert re.search(r"16384 +2048 +1,739\.581", out := capsys.readouterr().out) and "…" not in out
 
 
 def test_sizing_of_products_in_fp8(grbench_here: Grbench) -> None:
@@ -287,6 +294,7 @@ def test_overhead_is_small_beside_the_engine(grbench_forked: Grbench) -> None:
         (["engine=hstu", "--json", "--csv"], ": --json --csv: only one of them at a time; leave the others out"),
         (["report", "notes.txt"], "report: notes.txt: it is a file; give the folder of a record, or one above it"),
         (["reports", "batching"], "reports: --root reports: no report there; give the folder that holds them"),
+        (["reports", "--check"], "reports: --root reports: no report there; give the folder that holds them"),
         (["export", "--out", "notes.txt"], "export: --out notes.txt: it is a file; give a folder"),
         (["build-plan", "--out", "notes.txt"], "build-plan: --out notes.txt: it is a file; give a folder"),
     ],
