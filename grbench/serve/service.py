@@ -52,7 +52,7 @@ class Figures:
     ns: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("total", "queue", "input", "infer", "output"), 0))
     last_ms: int = 0
     newest_ms: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_LATENCIES))
-    hits: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("device", "host", "miss"), 0))
+    hits: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("device", "host", "storage", "miss"), 0))
     shed: int = 0
 
 
@@ -243,7 +243,7 @@ class Service:
         if strategy.spec.cache.name != "none":
             tier = tier_of(done.cached)
             self.metrics.hit(tier)
-            figures.hits[tier] = figures.hits.get(tier, 0) + 1
+            figures.hits[tier] += 1
         figures.requests += 1
         parts = (done.queue_ms, done.pack_ms + done.load_ms, done.compute_ms)
         for name, ms in zip(("queue", "input", "infer"), parts, strict=True):
