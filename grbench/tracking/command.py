@@ -33,7 +33,7 @@ def ui_parser() -> argparse.ArgumentParser:
 
 
 def ui(words: Sequence[str]) -> int:
-    """Run `grbench ui` until MLflow's server ends. Exit code 2: no database, or a port that is taken."""
+    """Run `grbench ui` until MLflow's server ends. Exit codes: 1 it ended by itself, 2 no database, or a taken port."""
     args = ui_parser().parse_args(words)
     if not 1 <= args.port <= 65535:
         raise CommandError(f"--port {args.port}: allowed is 1 to 65535")
@@ -72,7 +72,7 @@ def _add_root(parser: argparse.ArgumentParser) -> None:
 
 
 def open_ui(root: Path, port: int) -> int:
-    """Run `mlflow ui` for the root's database, on localhost only. Returns its exit code.
+    """Run `mlflow ui` for the root's database, on localhost only. Returns 1 if it ends by itself.
 
     Raises ValueError if there is no database, and KeyboardInterrupt for a signal.
     """
