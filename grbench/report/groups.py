@@ -81,8 +81,8 @@ def _best_first(records: Sequence[RunRecord]) -> list[RunRecord]:
 def group_cells(cells: Sequence[Cell]) -> list[Group]:
     """Return the groups of comparable cells in the order of their first cell. Repeats share a row."""
     folders = {(r.spec_hash, r.started_at, r.duration_s): folder for folder, r in cells}
-    split = [best_first(pooled(records)) for records in comparable([record for _, record in cells])]
     runs = comparable([record for _, record in cells])
+    split = [best_first(pooled(records)) for records in runs]
     firsts = [records[0] for records in split]
     works = list(zip(work_names(firsts), (machine_of(first.environment) for first in firsts), strict=True))
     differing = [i for i in (0, 1) if len({work[i] for work in works}) > 1]
