@@ -10,9 +10,8 @@ import numpy.typing as npt
 
 from grbench.workloads import load_events
 from grbench.workloads.config import DrawnConfig, RecordedConfig
-from grbench.workloads.events import DataError
 from grbench.workloads.synthetic import draw_visitors
-from grbench.workloads.trace import find_requests, find_visits, seen_events
+from grbench.workloads.trace import find_requests, find_visits, seen_events, with_history
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -70,10 +69,6 @@ def _recorded(config: RecordedConfig) -> Columns:
 
 def _synthetic(config: DrawnConfig, seed: int) -> Columns:
     """Draw the visits of `grbench.workloads.synthetic.make_events`, without the events."""
-    if config.min_history > config.max_history:
-        raise DataError(
-            f"workload.min_history={config.min_history} is above max_history={config.max_history}; lower it"
-        )
     drawn = draw_visitors(config, np.random.default_rng(seed))
     order = np.argsort(drawn.visitor, kind="stable")  # by user, then by time
     user = np.searchsorted(drawn.users, drawn.visitor[order])
@@ -81,9 +76,8 @@ def _synthetic(config: DrawnConfig, seed: int) -> Columns:
     first = np.searchsorted(user, np.arange(len(drawn.users)))
     seen = np.empty(len(order), dtype=np.int64)
     seen[order] = drawn.initial[user] + before - before[first][user]
-    keep = slice(config.max_requests or None)
-    known = seen_events(seen[keep], config)
-    return _columns(drawn.visitor[keep], drawn.arrivals[keep], known, config.max_history)
+    kept = with_history(seen, config)
+    return _columns(drawn.visitor[kept], drawn.arrivals[kept], seen_events(seen[kept], config), config.max_history)
 
 
 def _columns(users: Ints, arrivals: Floats, seen: Ints, max_history: int) -> Columns:

@@ -177,19 +177,28 @@ def find_requests(events: Events, visits: Visits, config: WorkloadConfig) -> tup
     Returns their indices, the user of every visit, and the position of that user's first event. Raises DataError if
     no visit qualifies.
     """
-    if config.min_history > config.max_history:
-        raise DataError(str(contradiction(config)))
     owner = _owners(events, visits)
     first_event = np.searchsorted(events.users, owner)
-    eligible = np.flatnonzero(visits.starts - first_event >= config.min_history)
-    if not len(eligible):
-        longest = int((visits.starts - first_event).max(initial=0))
+    arriving = np.argsort(visits.arrivals, kind="stable")
+    order = arriving[with_history((visits.starts - first_event)[arriving], config)]
+    return order, owner, first_event
+
+
+def with_history(before: Ints, config: WorkloadConfig) -> Ints:
+    """Return the places of visits with at least `min_history` earlier events, the first `max_requests` of them.
+
+    before: the number of these events, in order of arrival. Raises DataError if no visit qualifies.
+    """
+    if config.min_history > config.max_history:
+        raise DataError(str(contradiction(config)))
+    places: Ints = np.flatnonzero(before >= config.min_history)
+    if not len(places):
+        longest = int(before.max(initial=0))
         raise DataError(
             f"workload.min_history={config.min_history}: the longest history before a visit has {longest} events; "
             "lower it, or use a workload with longer histories"
         )
-    order = eligible[np.argsort(visits.arrivals[eligible], kind="stable")]
-    return order[: config.max_requests or None], owner, first_event
+    return places[: config.max_requests or None]
 
 
 def seen_events(before: Ints, config: WorkloadConfig) -> Ints:

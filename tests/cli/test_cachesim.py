@@ -38,7 +38,7 @@ from grbench.cli import main
 from grbench.execution.results import load as load_results
 from grbench.report.results import results_sections
 from grbench.tools.sizing import flops
-from grbench.workloads.config import CsvConfig, Ml100kConfig, SyntheticConfig
+from grbench.workloads.config import CsvConfig, Ml100kConfig, StepsConfig, SyntheticConfig
 from grengines.api import Request, Setup
 from grengines.cache import policies
 from grengines.cache.config import PagedCacheConfig
@@ -60,6 +60,7 @@ WORKLOADS: dict[str, Workload] = {
     ),
     "short": SyntheticConfig("synthetic", users=30, visits=300, history_median=8, delta_mean=0.5, max_requests=200),
     "ml_100k": Ml100kConfig("ml_100k", max_history=64, max_requests=3000),
+    "steps": StepsConfig("steps", users=40, steps_before=1, steps=6, step_events=20, min_history=50, max_requests=70),
 }
 
 
@@ -607,7 +608,7 @@ def test_wrong_options_are_one_line(
     "overrides, expected",
     [
         (["sizes_gb=[1e-6]"], "sizes_gb=1e-06: a page takes"),
-        (["workload.min_history=600"], "workload.min_history=600 is above max_history=512"),
+        (["workload.min_history=600"], "workload.min_history=600 is above workload.max_history=512"),
         (["workload=csv", "workload.path=missing.csv"], "missing.csv: no such file"),
         (["workload.revisit_rate=0.1"], "set it to"),
         (["replicas=1000", "shares=[0.001]"], "replicas=1000: a size of"),
