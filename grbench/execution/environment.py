@@ -16,7 +16,7 @@ from typing import Any
 from grbench.execution.gpu import describe_gpus
 
 # The code that measures: a change elsewhere, such as in a report, leaves earlier records valid.
-PARTS = ("execution", "gate", "scenarios", "tools.sizing", "workloads")
+PARTS = ("execution", "gate", "quality", "scenarios", "tools.sizing", "workloads")
 MEASURING = ("grkernels", "grengines", *(f"grbench.{part}" for part in PARTS))
 PACKAGES = ("grbench", "torch", "triton", "nvidia-cutlass-dsl", "numpy", "mlcommons-loadgen", "hydra-core", "mlflow")
 

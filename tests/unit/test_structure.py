@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import packages_distributions
 
@@ -17,6 +17,8 @@ from helpers import kept
 from helpers.checkout import ROOT, files
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from grbench.execution.environment import MEASURING
 
 LAYERS = ("grkernels", "grengines", "grbench")  # each imports itself and those before it
 FOLDERS = {"grkernels": "kernels/", "grengines": "engines/", "grbench": ""}
@@ -111,6 +113,28 @@ def test_composing_stays_light(module: str) -> None:
     heavy = {"torch", "mlflow", "vllm", "transformers", "onnxruntime", "tensorrt", "triton", "pandas"}
     assert module in loaded
     assert not [name for name in loaded if name in heavy or name.endswith(".engine") or name == "grengines.base"]
+
+
+def test_code_that_an_answer_or_a_figure_depends_on_is_in_the_digest() -> None:
+    """A record of other code is not kept. Configuration is no part: a record has its values."""
+
+    def within(module: str, packages: Sequence[str]) -> bool:
+        return any(f"{module}.".startswith(f"{package}.") for package in packages)
+
+    measures = (
+        "grbench.gate",
+        "grbench.scenarios",
+        "grbench.workloads",
+        "grbench.execution.cell",
+        "grbench.execution.measure",
+    )
+    outside = {
+        (name, target)
+        for name, targets in graph().items()
+        for target in targets
+        if within(name, measures) and not within(target, (*MEASURING, "grbench.config", "grbench.streams"))
+    }
+    assert not outside
 
 
 IMPORTED_AS = {
