@@ -6,7 +6,7 @@ together, the shortest and the longest history among them; of measured answers o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class RankGate:
         from grengines.models.hstu.reference import RankingReference, zero_attention
 
         self._spec, self._requests, self._keeps = spec, requests, keeps
-        self._known: dict[str | None, dict[tuple[int, bytes], Float32Array]] = {}  # by precision, then as `_right` says
+        self._known: dict[str | None, dict[Hashable, Float32Array]] = {}  # by precision, then as `_right` says
         self._precisions, self._stored = {"": precision, **fallback}, stored
         self._eight_bits: dict[str, Any] = {"stored": stored, "fp8_attention": fp8_attention}
         self.form = Form(len(spec.ranking_model.tasks))
@@ -114,12 +114,13 @@ class RankGate:
     def _right(self, requests: Sequence[Request], precision: str | None = None) -> list[Float32Array]:
         """Return the reference's scores. Those that an earlier cell of the same engine asked for are there already.
 
-        They are kept by request and candidates: a pipeline may retrieve others for the same request.
+        They are kept by request and candidates: a pipeline may retrieve others for the same request. The number of a
+        request is not enough, since LoadGen's accuracy mode counts its own from 0.
         """
         known = self._known.setdefault(precision, {}) if self._keeps else {}
         if len(known) > KEPT:
             known.clear()
-        keys = [(r.request_id, r.candidates.tobytes()) for r in requests]
+        keys = [(r.request_id, r.user_id, r.timestamp, r.candidates.tobytes()) for r in requests]
         new = {key: r for key, r in zip(keys, requests, strict=True) if key not in known}
         if new:
             given = list(new.values())

@@ -15,10 +15,11 @@ from grbench.config.compose import compose_spec
 from grbench.config.schema import RunSpec
 from grbench.gate.base import sample
 from grbench.gate.generate import GenerateGate, _Finding
+from grbench.gate.measured import Answer
 from grbench.gate.rank import RankGate
 from grbench.workloads.trace import Trace
 from grengines import registry
-from grengines.api import Engine, RankResult, Request
+from grengines.api import Cached, Engine, RankResult, Request
 from grengines.numerics import IncorrectError, relative_error, require_contrast
 
 SMALL = ["workload=synthetic", "workload.max_requests=40", "workload.max_history=96"]
@@ -102,6 +103,16 @@ def test_a_gate_that_could_not_fail_is_refused(spec: RunSpec, trace: Trace) -> N
     blind.tolerance = 1.0
     with pytest.raises(IncorrectError, match="can't tell right from wrong"):
         blind.check(engine_of(spec, trace), 4)
+
+
+def test_requests_of_one_number_have_their_own_reference(spec: RunSpec, trace: Trace) -> None:
+    """LoadGen's accuracy mode numbers its requests anew, and cells of one engine share the reference's answers."""
+    gate, engine = gate_of(spec, trace), engine_of(spec, trace)
+    first = trace.requests[0]
+    for request in (first, replace(trace.requests[1], request_id=first.request_id, candidates=first.candidates)):
+        [scores] = engine.rank([request]).scores  # type: ignore[attr-defined]
+        [verdict] = gate.judge([Answer(request, None, scores, 0, 1, 0, Cached(), "")])
+        assert verdict.problem is None
 
 
 def test_the_sample_has_the_shortest_and_the_longest_history(trace: Trace) -> None:
