@@ -22,27 +22,14 @@ def gate_for(
     actual: what the engine reports; its device and precision are used. keeps: whether the reference's answers are kept
     for another measurement of the same requests.
     """
-    from grbench.gate.rank import RankGate, fallback_precisions, has_fp8_attention, stored_precision
+    from grbench.gate.rank import RankGate
 
-    stored = stored_precision(actual)
     if retrieval is None:
-        return RankGate(
-            spec,
-            trace.catalogue,
-            trace.requests,
-            actual["device"],
-            actual["precision"],
-            fallback_precisions(actual),
-            stored,
-            has_fp8_attention(actual),
-            keeps,
-        )
+        return RankGate.of(spec, trace.catalogue, trace.requests, actual, keeps)
     if spec.task == "generate":
         from grbench.gate.generate import GenerateGate
 
-        return GenerateGate(
-            spec, trace.catalogue, trace.requests, retrieval, actual["device"], actual["precision"], stored
-        )
+        return GenerateGate.of(spec, trace.catalogue, trace.requests, retrieval, actual)
     from grbench.gate.pipeline import PipelineGate
 
     return PipelineGate(spec, trace, retrieval, actual, keeps)

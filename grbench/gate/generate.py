@@ -9,7 +9,7 @@ expected item may be missing if its score, or the score of one of its prefixes, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from grbench.config.schema import RunSpec
 from grbench.gate.base import GateResult, in_batches, sample
 from grbench.gate.form import Form
 from grbench.gate.measured import Answer, Verdict
+from grbench.gate.rank import stored_precision
 from grengines import registry
 from grengines.api import Catalogue, Float32Array, Generator, Int64Array, Request, Retrieval
 from grengines.models.reference import GenerationReference
@@ -101,6 +102,19 @@ class GenerateGate:
         blind = _answers(self.reference.search(self.sample, blind=True))
         self._zero_error = _largest(self._errors(self.sample, blind))
         self.tolerance = self._allowed(self._rounding_error)
+
+    @classmethod
+    def of(
+        cls,
+        spec: RunSpec,
+        catalogue: Catalogue,
+        requests: Sequence[Request],
+        retrieval: Retrieval,
+        actual: Mapping[str, Any],
+    ) -> GenerateGate:
+        """Return the gate of an engine, or of a stage, that reports `actual`."""
+        stored = stored_precision(actual)
+        return cls(spec, catalogue, requests, retrieval, actual["device"], actual["precision"], stored)
 
     def check(self, engine: Generator, max_batch: int) -> GenerateGateResult:
         """Compare the engine's items and scores. Raises IncorrectError."""

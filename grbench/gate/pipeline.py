@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from grbench.config.schema import RunSpec
-from grbench.gate.base import GateResult
+from grbench.execution.engines import MOST_PREPARED
+from grbench.gate.base import GateResult, batches
 from grbench.gate.form import Form
 from grbench.gate.generate import GenerateGate, GenerateGateResult
 from grbench.gate.measured import Answer, Verdict
-from grbench.gate.rank import RankGate, fallback_precisions, stored_precision
+from grbench.gate.rank import RankGate
 from grbench.workloads.trace import Trace
-from grengines.api import Cached, Request, Retrieval
+from grengines.api import Cached, Retrieval
 from grengines.numerics import Comparison, IncorrectError
 from grengines.pipeline.engine import Pipeline, as_many
 
@@ -40,26 +41,9 @@ class PipelineGate:
         """keeps: as in RankGate."""
         first, second = actual["retrieve"], actual["rank"]
         self.form = Form(len(spec.ranking_model.tasks), retrieval.k, trace.catalogue.num_items)
-        self._retrieve = GenerateGate(
-            spec,
-            trace.catalogue,
-            trace.requests,
-            retrieval,
-            first["device"],
-            first["precision"],
-            stored_precision(first),
-        )
-        requests = [as_many(r, retrieval.k) for r in trace.requests]
-        self._rank = RankGate(
-            spec,
-            trace.catalogue,
-            requests,
-            second["device"],
-            second["precision"],
-            fallback_precisions(second),
-            stored_precision(second),
-            keeps=keeps,
-        )
+        self._retrieve = GenerateGate.of(spec, trace.catalogue, trace.requests, retrieval, first)
+        requests = [as_many(r, retrieval.k) for r in trace.requests.some(MOST_PREPARED)]  # each of them is made
+        self._rank = RankGate.of(spec, trace.catalogue, requests, second, keeps)
 
     def check(self, engine: Any, max_batch: int) -> PipelineGateResult:
         """Compare the answers of both stages, then of the whole. Raises IncorrectError."""
@@ -84,7 +68,7 @@ class PipelineGate:
     def _check_whole(self, engine: Any, max_batch: int) -> PipelineGateResult:
         """Judge the answers of an engine that does not show its stages."""
         answers: list[Answer] = []
-        for batch in _batches(self._retrieve.sample, max_batch):
+        for batch in batches(self._retrieve.sample, max_batch):
             result = engine.recommend(list(batch))
             if problem := self.form.problem(batch, result):
                 raise IncorrectError(f"in a batch of {len(batch)}: {problem}")
@@ -122,7 +106,3 @@ class PipelineGate:
 
 def _best_first(scores: np.ndarray) -> bool:
     return not (np.diff(scores[:, 0]) > 0).any()
-
-
-def _batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
-    return (requests[i : i + size] for i in range(0, len(requests), size))

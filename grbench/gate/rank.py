@@ -62,6 +62,28 @@ class RankGate:
         require_plausible(self._rounding_error, self._coarsest(precision), spec.ranking_model.layers)
         self.tolerance = allowed_error(self._rounding_error, spec.gate.max_error_ratio)
 
+    @classmethod
+    def of(
+        cls,
+        spec: RunSpec,
+        catalogue: Catalogue,
+        requests: Sequence[Request],
+        actual: Mapping[str, Any],
+        keeps: bool = True,
+    ) -> RankGate:
+        """Return the gate of an engine, or of a stage, that reports `actual`."""
+        return cls(
+            spec,
+            catalogue,
+            requests,
+            actual["device"],
+            actual["precision"],
+            fallback_precisions(actual),
+            stored_precision(actual),
+            has_fp8_attention(actual),
+            keeps,
+        )
+
     def check(self, engine: Ranker, max_batch: int) -> GateResult:
         """Compare the engine's scores. Raises IncorrectError."""
         worst: GateResult | None = None

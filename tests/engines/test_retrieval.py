@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from grbench import workloads
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError, RunSpec, spec_from_json, spec_to_json
 from grbench.execution.retrieval import build_retrieval
-from grbench.gate import gate_for
+from grbench.gate import gate_for, pipeline
 from grbench.gate.generate import GenerateGate
 from grbench.scenarios import run_scenario
 from grbench.scenarios.config import ClosedLoopConfig, OfflineConfig, ServerConfig
-from grbench.workloads.trace import Trace
+from grbench.workloads.trace import Requests, Trace
 from grengines import registry
 from grengines.api import Finished, GenerateResult, Request, Retrieval, UnavailableError
 from grengines.cache.pool import PagePool
@@ -229,6 +229,33 @@ def test_the_pipeline_ranks_what_it_retrieves() -> None:
         assert sorted(items) == sorted(retrieved) and len(items) == 5
         assert (np.diff(scores[:, 0]) <= 0).all()
     assert set(answer.stages) == {"retrieve", "rank"} and min(answer.stages.values()) > 0
+    engine.close()
+
+
+def test_the_gate_of_a_pipeline_allows_what_attention_in_fp8_loses() -> None:
+    spec, trace, retrieval = of(*PIPELINE)
+    engine = engine_of(spec, trace, retrieval)
+
+    def tolerance(attention: str) -> float:
+        stage = {"device": "cpu", "precision": "bf16"}
+        actual = {"retrieve": stage, "rank": {**stage, "attention_precision": attention}}
+        return float(gate_for(spec, trace, retrieval, actual).check(engine, 4).to_dict()["rank"]["tolerance"])
+
+    assert tolerance("fp8") > 1.5 * tolerance("bf16")
+    engine.close()
+
+
+def test_the_gate_of_a_pipeline_makes_some_requests_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace may have millions, and each is kept once it is made."""
+
+    def every(requests: Requests) -> Iterator[Request]:
+        raise AssertionError("every request was made")
+
+    spec, trace, retrieval = of(*PIPELINE)
+    engine = engine_of(spec, trace, retrieval)
+    monkeypatch.setattr(pipeline, "MOST_PREPARED", 20)
+    monkeypatch.setattr(Requests, "__iter__", every)
+    assert gate_for(spec, trace, retrieval, engine.actual()).check(engine, 4).passed
     engine.close()
 
 
