@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,8 +137,8 @@ def _strategy(strategy: Strategy) -> dict[str, Any]:
         "model": strategy.spec.model.name,
         "precision": actual.get("precision", ""),
         "weights": "; ".join(dict.fromkeys(_absolute(its) for stage in stages if (its := stage.get("weights")))),
-        "cache_precision": actual.get("cache_precision", ""),
-        "attention_precision": actual.get("attention_precision", ""),
+        "cache_precision": _of_stages(stages, "cache_precision"),
+        "attention_precision": _of_stages(stages, "attention_precision"),
         "device": actual.get("device", ""),
         "pending": strategy.pending,
         "batches": strategy.answered.batches,
@@ -145,6 +146,11 @@ def _strategy(strategy: Strategy) -> dict[str, Any]:
         "fixed_ms": round(strategy.costs.fixed_s * 1e3, 4),
         "costs": strategy.costs.table(),
     }
+
+
+def _of_stages(stages: Sequence[Mapping[str, Any]], name: str) -> str:
+    """Return a fact of the stages of an engine, each value once, as a pipeline has its precision: bf16/int8."""
+    return "/".join(sorted({stage[name] for stage in stages if stage.get(name)}))
 
 
 def _tasks(controller: Controller) -> list[str]:

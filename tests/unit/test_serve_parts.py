@@ -17,7 +17,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import numpy as np
@@ -45,9 +45,11 @@ from grbench.serve.protocol import DTYPES, INLINE, number_of, parse_call, shape_
 from grbench.serve.requests import INPUTS, Bounds, decode, events_of
 from grbench.serve.rpc import Rpc, messages
 from grbench.serve.state import Histories, History
-from grengines.api import Catalogue, Request
+from grengines.api import Catalogue, Request, Setup
+from grengines.cache.config import CacheConfig
 from grengines.remote.client import Client
-from grengines.remote.engine import Servers
+from grengines.remote.config import RemoteConfig
+from grengines.remote.engine import RemoteRecommender, Servers
 
 BOUNDS = Bounds("rank", Catalogue(10, 50, 3), max_users=4, max_history=8, max_candidates=6)
 HUGE = st.sampled_from([2**31, 2**63, 2**64 - 1, 2**64, -(2**63) - 1, 10**400, 1e4, 7e4, 1e300, 1e308, -1e39])
@@ -778,6 +780,29 @@ def test_a_status_has_the_overrides_of_the_workload(tmp_path: Path, name: str) -
     found = describe._overrides(workload)
     assert found[0] == f"workload={name}" and "workload.min_history=2" in found and set(words) <= set(found)
     assert compose_spec(["engine=hstu", *found])[0].workload == workload
+
+
+def test_the_load_of_a_pipeline_is_checked_by_the_coarsest_precision_of_its_stages() -> None:
+    stages = {
+        "retrieve": {"precision": "fp32"},
+        "rank": {"precision": "bf16", "cache_precision": "int8", "attention_precision": "fp8"},
+    }
+    named = SimpleNamespace(name="a")
+    strategy: Any = SimpleNamespace(
+        name="a",
+        state="ready",
+        why="",
+        spec=SimpleNamespace(engine=named, model=named),
+        checked=SimpleNamespace(actual={"precision": "bf16/fp32", **stages}, gate_figures={}),
+        pending=0,
+        answered=SimpleNamespace(batches=0),
+        costs=Costs(0.001, {}),
+    )
+    engine = RemoteRecommender(RemoteConfig(), cast(Setup, SimpleNamespace(cache=CacheConfig())))
+    engine._status = {"version": "1", "model": "a", "limits": {}, "strategies": [describe._strategy(strategy)]}
+    expected = {"precision": "bf16", "cache_precision": "int8", "attention_precision": "fp8"}
+    actual = engine.actual()
+    assert all(expected.items() <= its.items() for its in (actual, actual["retrieve"], actual["rank"]))
 
 
 def test_a_status_names_files_that_can_be_found_from_any_folder(

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from grengines.api import GenerateResult, RankResult, RecommendResult, Request, Setup, Tier, UnavailableError
+from grengines.numerics import UNIT
 from grengines.remote.client import NO_ANSWER, UNKNOWN_CALLER, Answers, Client, ServerError
 from grengines.remote.config import RemoteConfig
 from grengines.remote.served import differences, overrides, refusal, strategies
 
-COARSEST = ("fp8", "int8", "bf16", "fp16", "fp32")
 START = "start one: grbench serve engine=hstu"
 KEY = "set engine.api_key_file=FILE, with one of its keys"
 RESTART = "look into the server's log, start it if it has ended, and type the command again"
@@ -53,6 +53,12 @@ class Servers:
         finally:
             with self._lock:
                 self._has[chosen] -= requests
+
+
+def _coarsest(strategies: Sequence[dict[str, Any]], name: str) -> str:
+    """Return the coarsest of the precisions that strategies, and their stages, have for something; "" for none."""
+    found = {one for strategy in strategies for one in strategy.get(name, "").split("/")}
+    return max(found & UNIT.keys(), key=UNIT.__getitem__, default="")
 
 
 class RemoteEngine:
@@ -95,12 +101,8 @@ class RemoteEngine:
     def actual(self) -> dict[str, Any]:
         """Return the facts of the server. The gate's reference runs here, so `device` is this machine's."""
         strategies = self._status["strategies"]
-        precisions = {s["precision"] for s in strategies}
-        coarsest = next((p for p in COARSEST if p in precisions), "fp32")
-        states = {s.get("cache_precision", "") for s in strategies}
-        stored = {"cache_precision": next((p for p in COARSEST if p in states), "")}
-        attention = {s.get("attention_precision", "") for s in strategies}
-        stored["attention_precision"] = next((p for p in COARSEST if p in attention), "")
+        stored = {name: _coarsest(strategies, name) for name in ("cache_precision", "attention_precision")}
+        coarsest = _coarsest(strategies, "precision") or "fp32"
         stage = {"device": "cpu", "precision": coarsest, **stored}
         return {
             "engine": "remote",
