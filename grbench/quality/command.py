@@ -61,6 +61,7 @@ def main(words: Sequence[str]) -> int:
     run_words, wanted = as_run(args.overrides)
     _, jobs = plan_jobs("config", to_spec, run_words, args.multirun, args.config_dir, partial(_say, "grbench evaluate"))
     from grengines.api import UnavailableError
+    from grengines.numerics import IncorrectError
 
     common = set.intersection(*(set(job.overrides) for job in jobs))
     facts = {"kind": "evaluate", **results.origin(["python", "-m", "grbench", "evaluate", *words])}
@@ -78,7 +79,7 @@ def main(words: Sequence[str]) -> int:
             except UnavailableError as e:
                 _say(name, f"UNAVAILABLE: {e}")
                 code = 1
-            except (ValueError, OSError) as e:
+            except (ValueError, OSError, IncorrectError) as e:
                 raise e if isinstance(e, CommandError) else CommandError(" ".join(str(e).split())) from e
     except KeyboardInterrupt:
         lost = "the rest is lost, and the same command evaluates all again"

@@ -52,6 +52,7 @@ def main(words: Sequence[str]) -> int:
     say = partial(print, "grbench quantise:", file=sys.stderr, flush=True)
     _, jobs = plan_jobs("config", to_spec, run_words, False, args.config_dir, say)
     from grengines.api import UnavailableError
+    from grengines.numerics import IncorrectError
 
     try:
         spec, _ = jobs[0].config
@@ -60,7 +61,7 @@ def main(words: Sequence[str]) -> int:
     except UnavailableError as e:
         say(f"UNAVAILABLE: {e}; or set engine.device=cpu")
         return 1
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, IncorrectError) as e:
         raise e if isinstance(e, CommandError) else CommandError(" ".join(str(e).split())) from e
     return 0
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from grbench.execution.watch import Show, unseen
+from grbench.gate.form import Form
 from grbench.quality.labels import Labels, labels_of
 from grbench.quality.metrics import Estimate, Scored
 from grbench.workloads.trace import Trace
 from grengines.api import Float32Array, Ranker, Request
+from grengines.numerics import IncorrectError
 
 PRIOR = 10.0  # candidates that an item's mean label begins with, at the mean of all items
 
@@ -68,8 +70,10 @@ class Rankings:
 
         returning: the engine has a KV cache, and each user comes first with the events of the previous visit, twice,
         since a policy may keep nothing of a first one. The scores are then of stored states, which a note counts.
+        Raises IncorrectError for an answer whose form is wrong: scores that are no numbers would have no loss.
         """
-        requests, found, stored, tokens, seconds = self.requests, list[Float32Array](), 0, 0, 0.0
+        requests, form = self.requests, Form(len(self.tasks))
+        found, stored, tokens, seconds = list[Float32Array](), 0, 0, 0.0
         for begin in range(0, len(requests), max_batch):
             batch = requests[begin : begin + max_batch]
             earlier = (
@@ -82,6 +86,8 @@ class Rankings:
             begun = time.perf_counter()
             result = engine.rank(batch)
             seconds += time.perf_counter() - begun
+            if problem := form.problem(batch, result):
+                raise IncorrectError(f"while quality was measured, in a batch of {len(batch)}: {problem}")
             found += result.scores
             stored += sum(cached.tokens for cached in result.cached)
             tokens += sum(cached.of for cached in result.cached)

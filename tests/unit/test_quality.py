@@ -225,6 +225,25 @@ def test_the_seconds_of_answers_leave_out_what_fills_the_cache() -> None:
     assert len(scores) == 8 and filled == 2 and 0 < seconds < 0.05
 
 
+def test_scores_that_are_no_numbers_have_no_quality() -> None:
+    """They would have no loss: it is compared with a limit, as figures of NaN can't be."""
+    rng = np.random.default_rng(4)
+    events = events_of(*[rng.permutation(40)[:25].tolist() for _ in range(8)], items=40)
+    workload = RecordedConfig("any", num_candidates=8)
+    trace = build_trace(events, find_visits(events, workload), workload, 0, 1.0)
+    rankings = Rankings.of(trace, ["rated"], 5, seed=0)
+    assert rankings is not None
+
+    def rank(requests: list[Request]) -> Any:
+        scores = [np.ones((8, 1), np.float32) for _ in requests]
+        scores[-1][3] = np.nan
+        return SimpleNamespace(scores=scores, cached=[])
+
+    engine: Any = SimpleNamespace(rank=rank)
+    with pytest.raises(IncorrectError, match=r"in a batch of 3: request \d+: a score is not a finite number"):
+        rankings.ask(engine, 3)
+
+
 def test_baselines_of_scores() -> None:
     """Items below 6 are rated by everyone who sees them, the others never; and no past repeats."""
     rng = np.random.default_rng(4)
