@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import StrEnum
@@ -243,6 +244,11 @@ def reserve(folder: Path, size: int = 256 * 1024) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / RESERVE_FILE).open("wb") as f:
         os.posix_fallocate(f.fileno(), 0, size) if hasattr(os, "posix_fallocate") else f.write(b"\0" * size)
+
+
+def full(folder: Path) -> bool:
+    """Return whether the disk of a folder is full: what was written there may be cut."""
+    return shutil.disk_usage(folder).free < 4096
 
 
 def load(path: Path) -> RunRecord:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import errno
-import shutil
 import signal
 import tempfile
 import time
@@ -23,7 +22,6 @@ from grbench.execution.workers import Event, KeptWorker, Worker
 from grbench.signals import ENDING, Stopped, deferred
 
 STARTING = "it started"  # before a worker has reported a step
-MOST_LEFT = 4096  # bytes: a disk with less left is full
 
 
 def run_cell(
@@ -175,7 +173,7 @@ class _Work:
         if killed_for_memory:
             why = "SIGKILL ended the worker while the kernel's out-of-memory killer ended a process"
             return self.ended(Status.OOM, f"{why}; use a smaller cell")
-        if code > 0 and shutil.disk_usage(self.folder).free < MOST_LEFT:
+        if code > 0 and records.full(self.folder):
             why = f"the worker exited with {code} and no result, with no space left in {self.folder}"
             return self.ended(Status.DISK_FULL, f"{why}; free some and run it again")
         if code < 0:

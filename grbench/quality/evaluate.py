@@ -17,6 +17,7 @@ from grbench import workloads
 from grbench.config.schema import ConfigError, RunSpec, check_truth, weights_of
 from grbench.execution.retrieval import build_retrieval
 from grbench.execution.watch import Show
+from grbench.gate.quality import MAX_LOSS
 from grbench.quality.exact import in_fp32, prepared
 from grbench.quality.held_out import HeldOut, doubt_of_lists
 from grbench.quality.lists import Lists
@@ -28,7 +29,6 @@ from grbench.workloads.events import Events
 from grbench.workloads.item_map import check_items
 from grengines.api import Catalogue
 
-MAX_LOSS = 1e-3  # the loss that a precision may have without a word
 ANSWERS, EXACT = "answers", "answers of the same model in fp32"  # what a user watches
 Report = Callable[[str], None]
 Watching = Callable[[str], AbstractContextManager[Show]]

@@ -15,7 +15,6 @@ import errno
 import itertools
 import math
 import re
-import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -26,6 +25,7 @@ import mlperf_loadgen as lg
 import numpy as np
 
 from grbench.execution.clock import ClockMovedError, WallClock
+from grbench.execution.records import full
 from grbench.execution.stats import PERCENTILES, SAMPLES_NEEDED
 from grbench.scenarios.accuracy import AccuracyRun
 from grbench.scenarios.batcher import Batcher, Driven, RequestAt, RequestLoop, Start, Ticket
@@ -174,14 +174,13 @@ def scheduled_s(seed: int, rate: float) -> Iterator[float]:
 
 
 _ANOTHER = "install a version that pyproject.toml allows"
-FULL = 4096  # bytes: a disk with less left is full
 
 
 def _check_schedule(log: Path, seed: int, rate: float) -> None:
     """Raise RuntimeError where LoadGen's log has another schedule than `scheduled_s`, OSError if a full disk cut it."""
     values = re.findall(r'"generated_query_(count|duration)", "value": (\d+)', log.read_text())
     found = dict(reversed(values))  # the first of each
-    if len(found) < 2 and shutil.disk_usage(log.parent).free < FULL:
+    if len(found) < 2 and full(log.parent):
         raise OSError(errno.ENOSPC, "LoadGen could not write the whole of its log", str(log))  # it says nothing itself
     if len(found) < 2:
         raise RuntimeError(f"LoadGen {version('mlcommons-loadgen')} wrote no schedule into {log}; {_ANOTHER}")

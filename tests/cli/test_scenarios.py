@@ -201,7 +201,7 @@ def test_a_log_that_a_full_disk_cut_short_is_said_to_be_one(tmp_path: Path, monk
     log.write_text(':::MLLOG {"key": "generated_query_count", "value": 300, "ti')
     with pytest.raises(RuntimeError, match=r"wrote no schedule into .*; install a version"):
         loadgen._check_schedule(log, 6, 2000)
-    monkeypatch.setattr(loadgen.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=100))
     with pytest.raises(OSError, match="could not write the whole of its log") as full:
         loadgen._check_schedule(log, 6, 2000)
     assert classify(full.value)[0] is Status.DISK_FULL
