@@ -34,6 +34,8 @@ from grbench.report.cells import Planned, label
 from grbench.scenarios.config import is_accuracy, issued
 from grbench.tracking import CellTracker, where_to_look
 
+FEW = 2  # measured cells that show how long the others take
+
 
 class Measured(NamedTuple):
     """A measured cell: the folder of its record, the record, and whether that is an earlier one."""
@@ -85,6 +87,9 @@ class CellSession:
         self._later: list[tuple[Path, RunRecord]] = []  # to draw and to track once no cell runs
         self._next: list[Cell] = []  # cells of one engine, for the next free place
         self._begun = 0  # cells, earlier records included
+        self._done = self._measured_here = 0  # of them, and without earlier records
+        self._first_s = 0.0  # when the first cell without an earlier record began
+        self._say_rest_now_and_then = at_most_every(SILENCE_S, self._say_rest)
         self._earlier = EarlierRecords([part.machine for part in self.parts] or [{}])
         if self._sweep_id and not run.rerun:
             self._earlier.read(self._root, failed=not run.rerun_failed)
@@ -150,6 +155,7 @@ class CellSession:
             return Measured(folder, record, True)
         if why_not:
             self._say(f"{title}: {why_not}, so it is measured again")
+        self._first_s = self._first_s or time.monotonic()
         if self._places is not None:
             self._begin(self._places, job, self._progress_of(spec, title, redrawn=False), ended)
             return None
@@ -210,6 +216,7 @@ class CellSession:
         """Take the record of a cell that ran beside others, whose cores nothing else may use now."""
         self._say(f"{title}: {record.status}{f', {record.error}' if record.error else ''}")
         self._list(folder, record)
+        self._count(record, kept=False)
         self._later.append((folder, record))
 
     def _publish_later(self) -> None:
@@ -230,6 +237,7 @@ class CellSession:
     def _finish(self, folder: Path, record: RunRecord, kept: bool = False) -> None:
         self._list(folder, record)
         self._publish(folder, record, kept)
+        self._count(record, kept)
 
     def _list(self, folder: Path, record: RunRecord) -> None:
         """Take a record into the lists of the invocation and of the sweep."""
@@ -240,6 +248,24 @@ class CellSession:
             if self._invocation.sweep:
                 with contextlib.suppress(OSError):  # the disk may be full; the records themselves are kept
                     records.list_cells(self._invocation.sweep, [folder for folder, _ in self._cells])
+
+    def _count(self, record: RunRecord, kept: bool) -> None:
+        """Count a cell that has ended, and now and then say how many are left."""
+        if record.status is Status.INTERRUPTED:
+            return
+        self._done += 1
+        if not kept:
+            self._measured_here += 1
+            self._say_rest_now_and_then()
+
+    def _say_rest(self) -> None:
+        """Say how many cells are left, and once a few were measured how long they take at the same pace."""
+        left = self._total - self._done
+        if left <= 0:  # a search has no total
+            return
+        here, took_s = self._measured_here, time.monotonic() - self._first_s
+        paced = pace(took_s, here, here + left) if here >= FEW else pace(took_s)
+        self._say(f"{self._done} of {self._total} cells done, {left} left; {paced}")
 
     def _publish(self, folder: Path, record: RunRecord, kept: bool = False) -> None:
         """Draw and track a cell that has ended."""

@@ -23,13 +23,16 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from helpers.cells import write_cell
 from helpers.command import Grbench
 from helpers.forks import fork_command, fork_workers, in_fork
 from rich.console import Console
 
 from grbench.cli import main
 from grbench.config.compose import compose_spec
-from grbench.execution import measure, records, runner, workers
+from grbench.config.jobs import Invocation, Job
+from grbench.config.schema import RunSpec
+from grbench.execution import measure, records, runner, session, workers
 from grbench.execution.clock import pace
 from grbench.execution.records import Outcome, RunRecord, Status
 from grbench.execution.session import CellProgress, progress_of
@@ -188,6 +191,30 @@ def test_a_pace_says_what_is_left() -> None:
     assert pace(5, 3, 2) == "5 s so far"  # more than was planned
     assert pace(30, 1, 4, most_s=50) == "30 s so far, about 20 s left"
     assert pace(55, 1, 4, most_s=50) == "55 s so far, about 0 s left"
+
+
+def test_a_sweep_says_how_many_cells_are_left_and_for_how_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def measured(spec: RunSpec, runner: object, folder: Path, **options: object) -> tuple[RunRecord, Path]:
+        now[0] += 20.0
+        return write_cell(folder, status=Status.OOM), folder
+
+    monkeypatch.setattr(session, "run_cell", measured)
+    spec, run = compose_spec(["engine=hstu", f"runner.output_root={tmp_path}", "tracking=none"])
+    cells = session.CellSession(run, Invocation((), 5, None))
+    cells._finish(tmp_path / "earlier", write_cell(tmp_path / "earlier", status=Status.OOM), kept=True)
+    for number in range(4):
+        cells.run(Job((spec, run), tmp_path / str(number), ()))
+    cells.end()
+    assert [line for line in capsys.readouterr().err.splitlines() if "done" in line] == [
+        "2 of 5 cells done, 3 left; 20 s so far",
+        "3 of 5 cells done, 2 left; 40 s so far, about 40 s left",  # an earlier record takes no time
+        "4 of 5 cells done, 1 left; 60 s so far, about 20 s left",
+    ]
 
 
 def test_progress_in_a_log_has_the_time_and_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
