@@ -270,10 +270,12 @@ def in_rounds(runs: Sequence[Run]) -> str:
 
 
 def best_by_batch(grid: Grid, truths: Mapping[Configuration, float]) -> dict[str, dict[int, float]]:
-    """Return by kernel, precision and graphs the best rate within the limit at each batch size."""
+    """Return the best rate within the limit at each batch size, by those of KINDS that differ: "cutlass bf16"."""
+    differ = [key for key in KINDS if len({configuration.get(key) for configuration in truths}) > 1]
     found: dict[str, dict[int, float]] = {}
     for configuration, rate in truths.items():
-        kind = " ".join(f"{key.rpartition('.')[2]}={v}" for key in KINDS if (v := configuration.get(key)) is not None)
+        chosen = [(key, value) for key in differ if (value := configuration.get(key)) is not None]
+        kind = " ".join(f"{key.rpartition('.')[2]}={v}" if v in ("true", "false", "auto") else v for key, v in chosen)
         its, batch = found.setdefault(kind or "all", {}), grid.batching[configuration].max_batch
         its[batch] = max(its.get(batch, 0.0), rate)
     return found

@@ -38,7 +38,9 @@ from grbench.kernelbench import config as kernelbench
 from grbench.report import group_cells
 from grbench.report.frame import read_cells
 from grbench.report.tradeoffs import tradeoffs
-from grbench.tune.replay import Run
+from grbench.tune.outcome import Configuration
+from grbench.tune.replay import Grid, Run
+from grbench.tune.trial import Batching
 from grengines.api import UnavailableError
 from grengines.tensorrt import library
 
@@ -320,6 +322,17 @@ def test_a_grid_and_its_replays_are_kept_with_their_charts(
     with pytest.raises(SystemExit):
         program("tune_regret").main(["--grid", str(first), *few])
     assert "results.json: no grid, as 'batches' is missing" in capsys.readouterr().err
+
+
+def test_the_lines_of_a_grid_are_named_by_the_options_that_differ(program: Any) -> None:
+    keys = ("engine", "kernel", "engine.precision", "engine.cuda_graphs", "scenario.max_batch")
+    combinations = itertools.product(["hstu"], ["triton", "auto"], ["bf16", "fp16"], ["true", "false"], ["4", "8"])
+    grid = Grid(
+        {}, {}, {Configuration(tuple(zip(keys, its, strict=True))): Batching(int(its[-1])) for its in combinations}
+    )
+    found = program("tune_regret").best_by_batch(grid, dict.fromkeys(grid.batching, 1.0))
+    assert list(found)[:2] == ["triton bf16 cuda_graphs=true", "triton bf16 cuda_graphs=false"]
+    assert "kernel=auto fp16 cuda_graphs=false" in found and len(found) == 8
 
 
 def test_a_grid_is_of_one_commit(program: Any, tmp_path: Path, capsys: Capture) -> None:
