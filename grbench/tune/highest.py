@@ -140,9 +140,12 @@ class HighestRate:
         """Lower the rate from the one expected until the limits are kept. Returns False if they are at none.
 
         The first is below it by the width of a bracket, because the highest of several estimates was lucky. A rate that
-        was known to keep the limits may be far below: that of an earlier run, or of the best so far.
+        was known to keep the limits may be far below: that of an earlier run, or of the best so far. A trial of which
+        earlier runs are known at rates only is probed offline before.
         """
-        assert trial.top is not None
+        yield from self._probes.offline(trial)
+        if trial.failed or trial.top is None:
+            return False
         floor = trial.top - BOTTOM if trial.low is None else trial.low + 1
         most = trial.top if trial.high is None else trial.high - 1
         step, jump = min(round(self._knowledge.expected(trial)) - COARSE, most), COARSE

@@ -947,6 +947,22 @@ def test_a_rate_of_an_earlier_run_that_is_far_below_costs_no_ladder() -> None:
     assert len(low.probes) <= len(fresh.probes)
 
 
+def test_a_configuration_that_is_known_at_rates_only_is_probed_offline_once_its_best_rate_fails() -> None:
+    """An earlier run was lucky at 120 requests/s, and the next step was too high: nothing is left to bracket."""
+    evaluator, best, lucky = Capacities({ALL[0]: 100.0}), ALL[0], rates.step_below(120.0)
+    evaluator.earlier = {
+        best: [
+            (Probe(rates.rate_of(lucky), 1000), outcome(79.0, 78.0, 79.5)),
+            (Probe(rates.rate_of(lucky + 1), 1000), outcome(90.0, 89.0, 91.0)),
+        ]
+    }
+    search = Knowledge(Goal("throughput", (P99,)), BATCHING)
+    Search(search, [best], evaluator, Listed([best])).run()
+    [trial] = search.trials
+    assert trial.offline is not None and trial.low == rates.step_below(100.0)
+    assert [probe.rate for _, probe in evaluator.probes[:2]] == [rates.rate_of(lucky), None]
+
+
 def test_another_limit_is_answered_from_earlier_outcomes_alone() -> None:
     first = Capacities(CAPACITY)
     searched(first)
