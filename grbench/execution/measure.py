@@ -40,8 +40,8 @@ def summarise(
             summary.intervals[IN_RUN] = interval
     metrics = summary.metrics
     for part in [*PARTS, *(f"{stage}_ms" for stage in STAGES if f"{stage}_ms" in samples)]:
-        metrics[f"{part}/p50"] = stats.percentile(samples[part], 50)
-        metrics[f"{part}/p90"] = stats.percentile(samples[part], 90)
+        for percent in stats.PART_PERCENTILES:
+            metrics[f"{part}/p{percent:g}"] = stats.percentile(samples[part], percent)
 
     unknown = 1.0 - sum(samples[part].sum() for part in PARTS) / samples["latency_ms"].sum()
     if abs(unknown) > MOST_UNKNOWN:

@@ -25,6 +25,7 @@ WAIT_ALIKE = "because requests near each other in time wait alike"  # in each no
 BODY = 90.0  # a percentile below the tail, which shows how long latencies stay alike
 WORTH = "_worth"  # ends the name of a metric: how many independent samples a percentile is worth
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
+PART_PERCENTILES = (50.0, 90.0)  # of the parts of a latency
 # A tail percentile of a few samples is their maximum under another name. Ten independent samples must lie above it.
 SAMPLES_NEEDED = {99.0: 1000, 99.9: 10_000}
 NO_INTERVAL = "has no 95% interval"  # in the note of a percentile

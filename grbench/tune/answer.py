@@ -12,10 +12,10 @@ from grbench.execution import energy
 from grbench.tune import rates
 from grbench.tune.certification import Certificate
 from grbench.tune.knowledge import ENDED_EARLY, Knowledge
-from grbench.tune.limits import Limit, Verdict
+from grbench.tune.limits import Limit, Verdict, judge
 from grbench.tune.outcome import Configuration, Outcome
 from grbench.tune.probes import FEWEST
-from grbench.tune.trial import Trial, carried, cost
+from grbench.tune.trial import Goal, Trial, carried, cost
 from grbench.tune.worth import worst
 
 FIRST_ANSWER = 8  # cells that a search takes for a first answer, about
@@ -56,6 +56,13 @@ def answer(knowledge: Knowledge, certificate: Certificate | None) -> Answer | No
         return None
     trial, step = failed
     return Answer(knowledge, trial, step, trial.probes[step], None)
+
+
+def decisive(goal: Goal, outcome: Outcome) -> str:
+    """Return the figure of a probe that decides about the limits, with the verdict. If all are kept it is the first."""
+    verdict, limit = judge(goal.limits, outcome)
+    limit = limit or next(iter(goal.limits), Limit("latency_ms/p99", math.inf))
+    return f"{limit.shown(outcome)}: {verdict}"
 
 
 def leader(knowledge: Knowledge) -> str:
@@ -161,9 +168,9 @@ def binding(found: Answer) -> str:
         verdict, limit, outcome = binds
         if limit is None:
             return f"At {rates.rate_of(high):.4g} requests/s the probe ended early, {outcome.status}: {outcome.error}."
-        how = {Verdict.UNSURE: "unsure there after the longest probe", Verdict.LIKELY: "not proven there"}
+        how = "not proven" if verdict is Verdict.LIKELY else verdict
         words = f"{limit} binds: at {rates.rate_of(high):.4g} requests/s {limit.shown(outcome)}"
-        return f"{words}, {how.get(verdict, 'broken there')}."
+        return f"{words}, {how} there."
     if found.trial.top is not None and (found.trial.low or 0) >= found.trial.top:
         return f"No limit binds: offline it answers {rates.rate_of(found.trial.top):.4g} requests/s, and not more."
     return "Which limit binds was not measured: no higher rate was probed before the budget ended."

@@ -12,7 +12,7 @@ from grbench.tune.knowledge import BOTTOM, Knowledge
 from grbench.tune.limits import Verdict, judge
 from grbench.tune.outcome import Evaluator, Outcome, Probe, Wanted
 from grbench.tune.trial import HELD, Goal, Progress, Refutation, Trial, quiet
-from grbench.tune.worth import POOLED, requests_needed
+from grbench.tune.worth import requests_needed
 
 CERTIFIED = 10_000  # requests of a run that certifies, at least
 # Times the requests that all runs need: what a short probe is worth is much by chance. The second is for a budget that
@@ -107,9 +107,9 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
         if found.ok and judge([limit for limit in limits if limit.static], found)[0] is not Verdict.KEPT:
             candidates.remove(candidate)  # no other rate proves it either
             continue
-        only_unsure = found.ok and judge(limits, found)[0] is Verdict.LIKELY
-        beyond = beyond or not only_unsure
-        if not candidate.lower(only_unsure):
+        within = result.verdict is Verdict.LIKELY
+        beyond = beyond or not within
+        if not candidate.lower(within):
             candidates.remove(candidate)
     shown = knowledge.incumbent or (knowledge.unproven[0] if knowledge.unproven else None)
     said = shown and f"{shown.configuration.name} at {shown.refuted}"  # the answer begins with it
@@ -184,7 +184,7 @@ class Candidate:
         recalled = self.trial.recalled.get(step, [])
         if len(recalled) >= self._goal.runs:
             return [(self.trial.configuration, probe) for probe in recalled]
-        together = self._margin * requests_needed(self._goal.limits, self._evaluator, self.trial, step)
+        together = self._margin * self._needed(step)
         return [self._run(step, together / self._goal.runs, SEED + number) for number in range(self._goal.runs)]
 
     def missing(self) -> str:
@@ -246,17 +246,17 @@ class Candidate:
             refutation = _together(self._goal, self.step, outcomes, found)
             if refutation is None:
                 return Certificate(self.trial, self.step, outcomes, found)
-            if not (wanted := self._further(outcomes, found, 1 + max(probe.seed for _, probe in wanted))):
+            if not (wanted := self._further(outcomes, refutation, 1 + max(probe.seed for _, probe in wanted))):
                 return refutation
 
-    def lower(self, only_unsure: bool) -> bool:
+    def lower(self, within: bool) -> bool:
         """Lower the rate after one that failed. Returns False if there is no lower one.
 
-        only_unsure: the figures were within their limits, and an interval was not.
+        within: all figures were within their limits, and an interval was not.
         """
-        if not only_unsure:
+        if not within:
             self._fall *= 2
-        fall, lowest = STEPS if only_unsure else self._fall, self._lowest
+        fall, lowest = STEPS if within else self._fall, self._lowest
         self.step, self._margin = self._proven(self.step - 1, self.step - fall), MARGIN
         return self.step >= lowest
 
@@ -311,22 +311,26 @@ class Candidate:
             self.trial.certifying[self.step] = outcome
         return outcome, refutation
 
-    def _further(self, outcomes: list[Outcome], found: Outcome, seed: int) -> list[Wanted]:
+    def _further(self, outcomes: list[Outcome], refutation: Refutation, seed: int) -> list[Wanted]:
         """Return one more run, with the requests that an interval of all runs still needs; none after such a one.
 
         An interval that is too wide asks for a lower rate. A rate that is given can't be lower, so as many requests as
-        until then follow. Returns none, too, if the budget has no room for the run.
+        until then follow. Returns none, too, if the budget has no room for the run, or after a refutation by a figure
+        of one run, which no further run changes.
         """
-        if len(outcomes) > self._goal.runs:
+        limits, found, by = self._goal.limits, refutation.outcome, refutation.limit
+        if len(outcomes) > self._goal.runs or by is None or by.percent is None:
             return []
         had = sum(round(outcome.metrics["samples"]) for outcome in outcomes)
         sizes: list[float] = [had] if self._goal.rate is not None else []
-        if any(its.metric.startswith(POOLED) and its.metric not in found.intervals for its in self._goal.limits):
-            needed = requests_needed(self._goal.limits, self._evaluator, self.trial, self.step)
-            sizes = [margin * needed - had for margin in (AGAIN, LEAST_MARGIN)]
+        if any(limit.percent is not None and limit.metric not in found.intervals for limit in limits):
+            sizes = [margin * self._needed(self.step) - had for margin in (AGAIN, LEAST_MARGIN)]
         runs = ([self._run(self.step, requests, seed)] for requests in sizes if requests > 0)
         left = self._evaluator.left() + ROUNDING
         return next((further for further in runs if self._evaluator.share(further) <= left), [])
+
+    def _needed(self, step: int) -> int:
+        return requests_needed(self._goal.limits, self._evaluator, self.trial, step)
 
 
 def _alone(goal: Goal, step: int, probe: Probe, outcome: Outcome) -> Refutation | None:
@@ -334,16 +338,21 @@ def _alone(goal: Goal, step: int, probe: Probe, outcome: Outcome) -> Refutation 
     verdict, limit = judge(goal.limits, outcome) if outcome.ok else (Verdict.BROKEN, None)
     if verdict in HELD:
         return None
-    why = f"{limit.shown(outcome)} is {verdict}" if limit else f"{outcome.status}: {outcome.error}"
+    why = f"{limit.shown(outcome)}, {verdict}" if limit else f"{outcome.status}: {outcome.error}"
     return Refutation(step, outcome, verdict, limit, f"in the run with seed +{probe.seed}: {why}")
 
 
 def _together(goal: Goal, step: int, outcomes: Sequence[Outcome], found: Outcome) -> Refutation | None:
-    """Return why runs that were each within the limits do not prove a rate. found: what they show together."""
-    alone = [limit for limit in goal.limits if not limit.metric.startswith(POOLED)]
-    verdicts = [judge(goal.limits, found), *(judge(alone, outcome) for outcome in outcomes)]
-    for verdict, limit in verdicts:
+    """Return why runs that were each within the limits do not prove a rate. found: what they show together.
+
+    Percentiles of the latency are judged over the requests of all runs, and every other figure in each run.
+    """
+    percentiles = [limit for limit in goal.limits if limit.percent is not None]
+    others = [limit for limit in goal.limits if limit.percent is None]
+    where = ("in one of {} runs", "in {} runs together") if len(outcomes) > 1 else ("in the run", "in the run")
+    one, every = (words.format(len(outcomes)) for words in where)
+    for place, limits, outcome in (*((one, others, outcome) for outcome in outcomes), (every, percentiles, found)):
+        verdict, limit = judge(limits, outcome)
         if limit is not None:
-            why = f"in {len(outcomes)} runs together: {limit.shown(found)} is {verdict}"
-            return Refutation(step, found, verdict, limit, why)
+            return Refutation(step, outcome, verdict, limit, f"{place}: {limit.shown(outcome)}, {verdict}")
     return None

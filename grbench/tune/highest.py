@@ -12,7 +12,7 @@ from grbench.tune.probes import Probes, Task
 from grbench.tune.trial import LONGER, Trial
 
 COARSE = rates.steps(1.09)  # width of a bracket while configurations are compared
-OPEN = 1.0  # excess of an unsure figure over its limit, as a share, up to which a challenger is measured longer
+OPEN = 1.0  # excess of a figure over its limit that no interval proves, as a share, up to which longer probes follow
 UNKNOWN = (None, None)  # verdict and limit of a step without a probe
 
 
@@ -123,18 +123,18 @@ class HighestRate:
     def _challenge(self, trial: Trial, step: int) -> Task[None]:
         """Probe a rate just above the best so far, and longer if that leaves it open."""
         kept = yield from self._probes.at(trial, step)
-        if not kept and self._screen and self._unsure(trial, step):
+        if not kept and self._screen and self._open(trial, step):
             yield from self._probes.at(trial, step, LONGER)
 
     def left_open(self, trial: Trial) -> bool:
-        """Return True if only an unsure figure rules out that a trial carries more."""
-        return trial.high is not None and self._unsure(trial, trial.high)
+        """Return True if only a figure that no interval proves rules out that a trial carries more."""
+        return trial.high is not None and self._open(trial, trial.high)
 
-    def _unsure(self, trial: Trial, step: int) -> bool:
-        """Return True if the figure at a step is unsure, and not far above its limit."""
+    def _open(self, trial: Trial, step: int) -> bool:
+        """Return True if the figure at a step is not far above its limit, and no interval proves that it is above."""
         verdict, limit = trial.verdicts.get(step, UNKNOWN)
         excess = limit.excess(trial.probes[step]) if limit is not None else None
-        return verdict is Verdict.UNSURE and excess is not None and excess <= OPEN
+        return verdict is Verdict.UNLIKELY and excess is not None and excess <= OPEN
 
     def _descend(self, trial: Trial) -> Task[bool]:
         """Lower the rate from the one expected until the limits are kept. Returns False if they are at none.

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping
 
 from grbench.tune import rates
-from grbench.tune.limits import PERCENTILE, Verdict, judge
+from grbench.tune.limits import Verdict, judge
 from grbench.tune.outcome import UNJUDGED, Configuration, Outcome, Probe
 from grbench.tune.queue_model import BatchTimes, percentile_ms
 from grbench.tune.trial import Batching, Goal, Trial, cost
@@ -104,11 +104,7 @@ class Knowledge:
         mine = self.batching[trial.configuration]
         batches = [batch for other in self._alike(trial) for batch in other.offline.batches if other.offline]  # type: ignore[union-attr]
         batches = [(size, seconds) for size, seconds in batches if size <= mine.max_batch]
-        bounds = [
-            (float(p[2]), x.bound)
-            for x in self.goal.limits
-            if (p := PERCENTILE.match(x.metric)) and p[1] == "latency_ms"
-        ]
+        bounds = [(limit.percent, limit.bound) for limit in self.goal.limits if limit.percent is not None]
         if not batches or not bounds:
             return trial.top
         times = BatchTimes(batches, trial.offline.metrics["throughput_rps"])

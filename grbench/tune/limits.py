@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from grbench.config.schema import ConfigError, no_such_key
-from grbench.execution.stats import PERCENTILES
+from grbench.execution.stats import PART_PERCENTILES, PERCENTILES
 from grbench.quality.lists import NEW
 from grbench.quality.metrics import CUTOFFS
 from grbench.tune.outcome import Outcome
@@ -21,7 +21,8 @@ LATENCIES = ("latency_ms", "queue_ms", "batch_ms", "transfer_ms", "compute_ms")
 GROUPS = (*LATENCIES, "quality", "gpu", "gpu_memory_mib", "host_memory_mib")
 SINGLE = ("throughput_rps", "goodput_rps", "engine_start_s", "energy_joules_per_request")
 KEYS = {  # of limits that are typed most
-    *(f"{group}.p{percent:g}" for group in LATENCIES for percent in PERCENTILES),
+    *(f"latency_ms.p{percent:g}" for percent in PERCENTILES),
+    *(f"{part}.p{percent:g}" for part in LATENCIES[1:] for percent in PART_PERCENTILES),
     *("quality.auc_loss", "gpu_memory_mib.reserved", "host_memory_mib.peak", *SINGLE),
 }
 LARGER = re.compile(r"(g?auc|accuracy|(hr|ndcg|mrr)\d+(_new)?)")  # figures of quality of which more is better
@@ -30,17 +31,21 @@ FLOORS = re.compile(rf"throughput|goodput|cache/.*hit_rate|quality/(.*/)?{LARGER
 SHARE = re.compile(r"quality/(.*/)?(?!ne(_|$))")  # from 0 to 1: every figure of quality, and its loss, but entropies
 # Metrics that do not depend on the load: an offline probe answers for them.
 STATIC = re.compile(r"quality/|engine_start_s|gpu_memory_mib/|host_memory_mib/")
-PERCENTILE = re.compile(r"(\w+_ms)/p([\d.]+)$")
+PERCENTILE = re.compile(r"(\w+_ms)/p([\d.]+)$")  # of the latency, of one of its parts, or of LoadGen's latency
 OVERLOADED = 0.95  # share of the offered rate: with fewer answers the queue grows
 
 
 class Verdict(StrEnum):
-    """Judgement of an outcome by a limit."""
+    """Judgement of an outcome by a limit, from the best to the worst, in the words that people read.
+
+    After LIKELY, UNLIKELY and UNKNOWN more requests decide.
+    """
 
     KEPT = "kept"
+    LIKELY = "likely kept"  # the figure keeps it and its interval does not: good enough to order, not to certify
+    UNLIKELY = "likely broken"  # the figure is beyond it, and no interval is
+    UNKNOWN = "too few requests"  # for the figure
     BROKEN = "broken"
-    LIKELY = "likely"  # the figure keeps it and its interval does not: good enough to order, not to certify
-    UNSURE = "unsure"  # the interval holds the limit: more requests would tell
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,12 @@ class Limit:
         """True if the metric does not depend on the load."""
         return STATIC.match(self.metric) is not None
 
+    @property
+    def percent(self) -> float | None:
+        """The percentile of the latency that is limited: its interval decides. None for any other figure."""
+        percentile = PERCENTILE.match(self.metric)
+        return float(percentile[2]) if percentile and percentile[1] == "latency_ms" else None
+
     def __str__(self) -> str:
         value = f"{self.bound:.4g}" if not self.metric.endswith("loss") else f"{100 * self.bound:.4g}%"
         return f"{typed(self.metric)} {'>=' if self.floor else '<='} {value}"
@@ -66,13 +77,13 @@ class Limit:
     def judge(self, outcome: Outcome) -> Verdict:
         """Judge an outcome that is OK.
 
-        A percentile keeps its limit only if the upper end of its 95% interval is below, and breaks it only if the lower
-        end is above, or if the queue grows. A percentile is at least as large as a smaller one, so that one's lower end
-        breaks it too. Another figure breaks its limit by itself: longer probes do not make its interval narrower.
-        Raises ConfigError for a metric that the outcome lacks.
+        A percentile of the latency keeps its limit only if the upper end of its 95% interval is below, and breaks it
+        only if the lower end is above, or if the queue grows. A percentile is at least as large as a smaller one, so
+        that one's lower end breaks it too. Another figure breaks its limit by itself: longer probes do not make its
+        interval narrower, and that of a part of the latency has none. Raises ConfigError for a metric that the outcome
+        lacks.
         """
-        percentile = PERCENTILE.match(self.metric)
-        if percentile is None:
+        if self.percent is None:
             if self.metric not in outcome.metrics:
                 known = [name for name in outcome.metrics if not name.startswith("engine/")]
                 raise ConfigError(f"limits: {no_such_key(self.metric, known)}")
@@ -85,16 +96,15 @@ class Limit:
         interval = outcome.intervals.get(self.metric)
         if interval is not None and interval[1] <= self.bound:
             return Verdict.KEPT
-        prefix, percent = percentile[1], float(percentile[2])
-        lower = [f"{prefix}/p{p:g}" for p in PERCENTILES if p <= percent]
+        lower = [f"latency_ms/p{p:g}" for p in PERCENTILES if p <= self.percent]
         if any(name in outcome.intervals and outcome.intervals[name][0] > self.bound for name in lower):
             return Verdict.BROKEN
         found = outcome.metrics.get(self.metric)
         if found is None:
-            return Verdict.UNSURE
+            return Verdict.UNKNOWN
         if overloaded(outcome):
-            return Verdict.BROKEN if found > self.bound else Verdict.UNSURE
-        return Verdict.LIKELY if found <= self.bound else Verdict.UNSURE
+            return Verdict.BROKEN if found > self.bound else Verdict.UNLIKELY
+        return Verdict.LIKELY if found <= self.bound else Verdict.UNLIKELY
 
     def excess(self, outcome: Outcome) -> float | None:
         """Return by how much the metric is beyond the bound, as a share of it; None without the metric."""
@@ -129,9 +139,9 @@ def overloaded(outcome: Outcome) -> bool:
 
 def judge(limits: Sequence[Limit], outcome: Outcome) -> tuple[Verdict, Limit | None]:
     """Return the verdict on all limits, and the limit that decides it: one that is not kept for sure."""
-    order = [Verdict.BROKEN, Verdict.UNSURE, Verdict.LIKELY, Verdict.KEPT]
+    order = list(Verdict)
     verdicts = [(limit.judge(outcome), limit) for limit in limits]
-    worst, decides = min(verdicts, key=lambda pair: order.index(pair[0]), default=(Verdict.KEPT, None))
+    worst, decides = max(verdicts, key=lambda pair: order.index(pair[0]), default=(Verdict.KEPT, None))
     return (worst, None) if worst is Verdict.KEPT else (worst, decides)
 
 
@@ -155,9 +165,11 @@ def parse(key: str, value: str) -> Limit:
     group, _, rest = metric.partition(".")
     if group in GROUPS and rest:
         metric = f"{group}/{rest}"
-    if (percentile := PERCENTILE.match(metric)) and float(percentile[2]) not in PERCENTILES:
-        allowed = ", ".join(f"{group}.p{p:g}" for p in PERCENTILES)
-        raise ConfigError(f"{key}={value}: records have no such percentile; allowed: {allowed}")
+    if percentile := PERCENTILE.match(metric):
+        known = [f"{p:g}" for p in (PERCENTILES if percentile[1].endswith("latency_ms") else PART_PERCENTILES)]
+        if percentile[2] not in known:
+            allowed = ", ".join(f"{key.removesuffix(percentile[2])}{p}" for p in known)
+            raise ConfigError(f"{key}={value}: records have no such percentile; allowed: {allowed}")
     text = value.strip()
     try:
         bound = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)

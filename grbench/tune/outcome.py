@@ -13,7 +13,6 @@ from typing import Protocol
 
 UNJUDGED = "UNJUDGED"  # status of an outcome that was not measured, because nothing could judge it
 ENGINES = ("engine", "kernel")  # groups of options that choose them, of a stage too: engine@engine.rank
-BARE = ("engine", "kernel", "engine.precision")  # options whose value names itself
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from grbench.execution import stats
 from grbench.tune import rates
 from grbench.tune.certification import certify
 from grbench.tune.knowledge import BOTTOM, SIZES, Knowledge
-from grbench.tune.limits import PERCENTILE, Limit
+from grbench.tune.limits import Limit
 from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe, Wanted
 from grbench.tune.proposers import Axes, Listed, Neighbours, OneAtATime, OptunaProposer, Proposer
 from grbench.tune.queue_model import BatchTimes, Floats, arrivals, latencies_ms
@@ -84,7 +84,7 @@ class Grid:
         if cell.status != "OK" or any(x.static and (x.excess(Outcome("OK", cell.metrics)) or 0) > 0 for x in limits):
             return 0.0
         mine, times = self.batching[configuration], self.times(configuration)
-        bounds = [(float(p[2]), x.bound) for x in limits if (p := PERCENTILE.match(x.metric))]
+        bounds = [(limit.percent, limit.bound) for limit in limits if limit.percent is not None]
         high = cell.throughput  # a higher rate is kept only by runs that end before their queue is long
 
         def kept(rate: float) -> bool:

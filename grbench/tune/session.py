@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import math
 import os
 import shlex
 import sys
@@ -30,7 +29,7 @@ from grbench.tune.answer import Answer
 from grbench.tune.certification import SEED, certify, plan
 from grbench.tune.config import Declared
 from grbench.tune.knowledge import Knowledge
-from grbench.tune.limits import Limit, Verdict
+from grbench.tune.limits import Verdict
 from grbench.tune.live import LiveEvaluator
 from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe, Wanted
 from grbench.tune.search import Search
@@ -201,9 +200,8 @@ class TuneSession:
         elif probe.rate is None:
             what = f"offline {outcome.metrics['throughput_rps']:.4g} requests/s"
         else:
-            limit = next(iter(self._declared.goal.limits), Limit("latency_ms/p99", math.inf))
-            figure = limit.shown(outcome)
-            what = f"{'certifying at ' if probe.seed else ''}{probe.rate:g} requests/s: {figure}: {verdict}"
+            figure = answer.decisive(self._declared.goal, outcome)
+            what = f"{'certifying at ' if probe.seed else ''}{probe.rate:g} requests/s: {figure}"
         took_s, rest_s = time.monotonic() - self._begun, self._evaluator.rest_s(self._to_certify(trial, probe, verdict))
         rest = f"{max(self._evaluator.left(), 0.0):.0%} of the budget left, {pace(took_s, took_s, took_s + rest_s)}"
         self._say(f"{time.strftime('%H:%M:%S')} {name}: {what}{kept}; best: {answer.leader(self._knowledge)}; {rest}")

@@ -11,7 +11,7 @@ from grbench.tune.limits import Limit, Verdict
 from grbench.tune.outcome import Configuration, Outcome, Probe
 
 PROBE_S = 20.0  # seconds of a server probe, where the budget is large
-LONGER = 3  # times the requests, where an outcome is unsure
+LONGER = 3  # times the requests, where an outcome proves nothing
 HELD = (Verdict.KEPT, Verdict.LIKELY)  # verdicts by which the search orders; only KEPT certifies
 
 

@@ -14,11 +14,10 @@ import numpy.typing as npt
 
 from grbench.execution.stats import PERCENTILES, WORTH, percentile_of_runs, samples_for_interval, samples_of_runs
 from grbench.tune import rates
-from grbench.tune.limits import PERCENTILE, Limit
+from grbench.tune.limits import Limit
 from grbench.tune.outcome import Evaluator, Outcome
 from grbench.tune.trial import Trial
 
-POOLED = "latency_ms/"  # begins the names of figures that are judged over the latencies of all runs
 BUSIEST = 0.9  # share of the capacity, at most: of less that is free the offline rate is no measure
 
 
@@ -31,15 +30,15 @@ def requests_needed(limits: Sequence[Limit], evaluator: Evaluator, trial: Trial,
     longest = {s: outcome for s, outcome in trial.certifying.items() if s >= step}
     known, needed = longest or trial.probes, 0
     for limit in limits:
-        percentile, name = PERCENTILE.match(limit.metric), f"{limit.metric}{WORTH}"
+        percent, name = limit.percent, f"{limit.metric}{WORTH}"
         above = min((s for s, outcome in known.items() if s >= step and name in outcome.metrics), default=None)
-        if percentile and above is not None:
-            percent, metrics = float(percentile[2]), known[above].metrics
-            worth = metrics[name] / metrics["samples"]
-            if not longest and limit.metric.startswith(POOLED):
-                worth = math.sqrt(worth * max(worth, _beside_the_nearest(evaluator, trial, above, percent)))
-            share = min(worth * _gain(trial, step, above), 1.0)
-            needed = max(needed, math.ceil(samples_for_interval(percent) / share))
+        if percent is None or above is None:
+            continue
+        worth = known[above].metrics[name] / known[above].metrics["samples"]
+        if not longest:
+            worth = math.sqrt(worth * max(worth, _beside_the_nearest(evaluator, trial, above, percent)))
+        share = min(worth * _gain(trial, step, above), 1.0)
+        needed = max(needed, math.ceil(samples_for_interval(percent) / share))
     return needed
 
 
@@ -51,7 +50,7 @@ def _beside_the_nearest(evaluator: Evaluator, trial: Trial, step: int, percent: 
     plan goes by the geometric mean of both. It is a rough one: for single traces of simulated queues it is 0.1 to 6
     times the truth, on average within a factor of 2 (tests/unit/test_search.py). Runs that are too short get one more.
     """
-    name = f"{POOLED}p{percent:g}"
+    name = f"latency_ms/p{percent:g}"
     others = [
         s
         for s, its in trial.probes.items()
@@ -102,7 +101,7 @@ def pooled(outcomes: Sequence[Outcome], latencies_ms: Sequence[npt.NDArray[np.fl
     metrics, intervals = dict(found.metrics), dict(found.intervals)
     metrics["samples"] = float(sum(map(len, latencies_ms)))
     for percent in PERCENTILES:
-        name = f"{POOLED}p{percent:g}"
+        name = f"latency_ms/p{percent:g}"
         if all(name in outcome.metrics for outcome in outcomes):
             metrics[name], worth, interval = percentile_of_runs(latencies_ms, percent)
             metrics[f"{name}{WORTH}"] = float(worth)

@@ -33,6 +33,8 @@ TINY = (
     "words, message",
     [
         (["latency_ms.p98=3"], "records have no such percentile; allowed: latency_ms.p50"),
+        (["latency_ms.p9.9.9=3"], "records have no such percentile; allowed: latency_ms.p50"),
+        (["queue_ms.p99=3"], "records have no such percentile; allowed: queue_ms.p50, queue_ms.p90"),
         (["latency_ms.p99=fast"], "latency_ms.p99=fast: a limit is a number or a share such as 0.1%"),
         (["latency_ms.p99=0"], "latency_ms.p99=0: nothing keeps it"),
         (["limits.cache/hit_rate=2"], "limits.cache/hit_rate=2: it is a share of at most 1; allowed are such as 0.7"),

@@ -125,12 +125,14 @@ def searched(evaluator: Capacities, goal: Goal | None = None) -> Knowledge:
     [
         (outcome(70, 65, 79.9), Verdict.KEPT),
         (outcome(70, 65, 80.1), Verdict.LIKELY),
-        (outcome(90, 79.9, 99), Verdict.UNSURE),
+        (outcome(90, 79.9, 99), Verdict.UNLIKELY),
         (outcome(90, 80.1, 99), Verdict.BROKEN),
         (outcome(70), Verdict.LIKELY),  # without an interval nothing is proved
-        (outcome(90), Verdict.UNSURE),
+        (outcome(9000), Verdict.UNLIKELY),
         (dataclasses.replace(outcome(400), intervals={"latency_ms/p50": [81.0, 120.0]}), Verdict.BROKEN),
         (outcome(4000, throughput_rps=80.0), Verdict.BROKEN),  # the queue grows
+        (outcome(70, throughput_rps=80.0), Verdict.UNLIKELY),
+        (Outcome("OK", {"throughput_rps": 100.0}), Verdict.UNKNOWN),
     ],
 )
 def test_a_limit_is_judged_by_the_interval(found: Outcome, verdict: Verdict) -> None:
@@ -147,6 +149,20 @@ def test_a_floor_is_the_least_value_and_an_unknown_metric_is_refused() -> None:
     assert limits.parse("quality.ne", "1.5").bound == 1.5  # an entropy is no share
     assert all(limits.parse(f"quality.{name}", "0.5").floor for name in ("auc", "rated/gauc", "hr10_new", "ndcg50"))
     assert not any(limits.parse(f"quality.{name}", "0.5").floor for name in ("auc_loss", "ne", "hr10_new_loss"))
+
+
+def test_a_part_of_the_latency_is_judged_by_its_figure() -> None:
+    """Records have no interval of it, so that an interval would never be within a limit."""
+    found = outcome(70, 65, 79.9, **{"queue_ms/p90": 10.0})
+    assert [limits.parse("queue_ms.p90", bound).judge(found) for bound in ("10", "9")] == [Verdict.KEPT, Verdict.BROKEN]
+
+
+def test_progress_has_the_figure_that_decides() -> None:
+    goal = Goal("throughput", (P99, limits.parse("queue_ms.p90", "9")))
+    found = outcome(70, 65, 79.9, **{"queue_ms/p90": 10.0})
+    assert answer.decisive(goal, found) == "queue_ms.p90 10: broken"
+    assert answer.decisive(Goal("throughput", (P99,)), outcome(9000)) == "latency_ms.p99 9000: likely broken"
+    assert answer.decisive(Goal("latency", ()), found) == "latency_ms.p99 70 [65, 79.9]: kept"
 
 
 def test_neighbouring_rates_are_three_percent_apart() -> None:
@@ -548,24 +564,40 @@ def test_a_figure_beyond_the_limit_is_not_outweighed_by_other_runs(goal: Goal) -
     assert certify(searched(evaluator, goal), evaluator) is None
 
 
-def test_a_limit_that_runs_do_not_share_is_proven_by_each() -> None:
-    """The run with the smaller p99 has no interval of its queue within the limit."""
-    limit = limits.parse("queue_ms.p90", "40")
-    evaluator = Capacities(CAPACITY)
-    usual = evaluator.outcome
+class Unproven(Capacities):
+    """An evaluator whose second certifying run has a figure within its limit, and an interval beyond it."""
 
-    def queued(configuration: Configuration, probe: Probe) -> Outcome:
-        found = usual(configuration, probe)
-        ends = {} if probe.seed == 102 else {"queue_ms/p90": [9.0, 11.0]}
-        metrics = {**found.metrics, "queue_ms/p90": 10.0}
-        return dataclasses.replace(found, metrics=metrics, intervals={**found.intervals, **ends})
+    limit = limits.parse("throughput_rps", "10")
 
-    evaluator.outcome = queued  # type: ignore[method-assign]
-    search = searched(evaluator, Goal("throughput", (P99, limit)))
+    def outcome(self, configuration: Configuration, probe: Probe) -> Outcome:
+        found = super().outcome(configuration, probe)
+        ends = {"throughput_rps": [9.0, 1000.0]} if probe.seed == 102 else {}
+        return dataclasses.replace(found, intervals={**found.intervals, **ends})
+
+
+@pytest.mark.parametrize(
+    "goal", [Goal("throughput", (P99, Unproven.limit)), Goal("latency", (P99, Unproven.limit), rate=90.0)]
+)
+def test_a_limit_that_runs_do_not_share_is_proven_by_each_and_a_further_run_changes_nothing(goal: Goal) -> None:
+    evaluator = Unproven(CAPACITY)
+    search = searched(evaluator, goal)
     before = len(evaluator.probes)
     assert certify(search, evaluator) is None
-    assert {probe.seed for _, probe in evaluator.probes[before:]} == {101, 102}  # and none until the budget is spent
-    assert "runs together: queue_ms.p90 10" in search.uncertified
+    assert {probe.seed for _, probe in evaluator.probes[before:]} == {101, 102}
+    found = answer.answer(search, None)
+    assert found is not None and found.trial.refuted is not None
+    assert re.match(r"in one of 2 runs: throughput_rps .* \[9, 1000\], likely kept$", found.trial.refuted.why)
+
+
+def test_a_rate_falls_as_far_for_an_interval_of_one_run_as_for_one_of_all() -> None:
+    """The figure is within the limit, so that the rate may be right. The other run has the larger p99."""
+    evaluator = Unproven({ALL[0]: 100.0}, worse={102: 1.001})
+    search = Knowledge(Goal("throughput", (P99, Unproven.limit)), BATCHING)
+    Search(search, ALL[:1], evaluator, Listed(ALL[:1])).run()
+    low, before = search.trials[0].low, len(evaluator.probes)
+    certify(search, evaluator)
+    tried = dict.fromkeys(rates.step_of(probe.rate or 1.0) for _, probe in evaluator.probes[before:])
+    assert low is not None and [low - step for step in tried][:4] == [0, STEPS, 2 * STEPS, 3 * STEPS]
 
 
 def test_a_loss_that_is_not_proven_ends_the_tries_of_a_configuration() -> None:
@@ -584,7 +616,7 @@ def test_a_loss_that_is_not_proven_ends_the_tries_of_a_configuration() -> None:
     assert search.ranking() and certify(search, evaluator) is None
     assert len({probe.rate for _, probe in evaluator.probes[before:]}) == 1
     found = answer.answer(search, None)
-    assert found is not None and "quality.auc_loss 0% [-1%, 1%] is likely" in answer.sentence(found)
+    assert found is not None and "quality.auc_loss 0% [-1%, 1%], likely kept" in answer.sentence(found)
 
 
 def test_a_run_beyond_the_limit_fails_the_rate() -> None:
