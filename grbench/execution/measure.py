@@ -17,12 +17,14 @@ from grbench.execution.records import IN_RUN, PARTS
 from grbench.scenarios import Measurement
 from grbench.scenarios.config import OfflineConfig, ServerConfig, TraceReplayConfig, is_accuracy
 from grbench.tools import sizing
+from grbench.workloads.trace import Requests
 from grengines.api import Request
 from grengines.last_layer import LastLayer
 from grengines.pipeline.config import STAGES
 
 MOST_UNKNOWN = 0.05  # share of the latency that no part has before a note says so
 CALLS_MS = 0.2  # between LoadGen and the batcher, to and fro
+FEWER_RETURNS = 0.1  # share of returning users by which a run with a cache may be below the trace before a note says so
 
 
 def summarise(
@@ -78,6 +80,13 @@ def summarise(
         metrics["cache/item_hit_rate"] = details["items_hits"] / max(details["items_distinct"], 1)
     if "cache_hits" in details:
         metrics |= _cache_metrics(details, sum(len(r.history_items) for r in answered))
+        share, usual = returning_share(answered), returning_share(requests)
+        metrics["cache/returning_share"] = share
+        if usual - share > FEWER_RETURNS:
+            summary.notes.append(
+                f"{share:.0%} of these {count} requests are by users who came before in the run, and {usual:.0%} in "
+                f"the whole trace: scenario.queries={len(requests)} shows the hits of all of it"
+            )
         if faults := details.get("cache_faults"):
             summary.notes.append(
                 f"the cache failed {faults:.0f} times, and those batches were answered without it; see worker.log"
@@ -95,6 +104,12 @@ def summarise(
         for name, flops in _flops(spec, answered, whole, sizes, details).items():
             metrics[name] = flops / measurement.busy_s / 1e12
     return summary
+
+
+def returning_share(requests: Sequence[Request]) -> float:
+    """Return the share of requests by users of an earlier one: no cache that begins empty finds more."""
+    users = requests.users if isinstance(requests, Requests) else [request.user_id for request in requests]
+    return 1 - len(np.unique(users)) / len(users)
 
 
 def _rate_interval(samples: dict[str, np.ndarray]) -> list[float] | None:

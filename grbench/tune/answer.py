@@ -233,6 +233,20 @@ def _number(text: str) -> tuple[float, str]:
         return 0.0, text
 
 
+def returns(knowledge: Knowledge) -> str:
+    """Return how many requests of the probes, and of the whole trace, are by returning users; "" without a cache."""
+    share, whole = "cache/returning_share", "workload/returning_share"
+    outcomes = [its for trial in knowledge.trials for its in (trial.offline, *trial.probes.values()) if its is not None]
+    found = [its.metrics for its in outcomes if share in its.metrics and whole in its.metrics]
+    if not found:
+        return ""
+    ends = dict.fromkeys(f"{end(metrics[share] for metrics in found):.0%}" for end in (min, max))
+    words = f"Of the requests of a probe with a cache {' to '.join(ends)} are by users who had come before in it, "
+    words += f"and of the whole trace {found[0][whole]:.0%}."
+    few = min(metrics[share] for metrics in found) < found[0][whole]
+    return words + " A probe with fewer has fewer hits than a long run, and undervalues caches." * few
+
+
 def nobody(knowledge: Knowledge) -> str:
     """Return why there is no answer: which limit, by how much, and the nearest feasible point."""
     nearest: tuple[float, Trial, int, Limit, Outcome] | None = None

@@ -52,6 +52,8 @@ def blocks(knowledge: Knowledge, found: Answer | None, declared: Declared, space
     measured = sum(trial.measured for trial in knowledge.trials)
     count = f"{measured} of {len(space.configurations)} configurations were measured"
     content.append(Text(f"Objective {declared.goal.objective}, limits: {limits}, budget {declared.budget}; {count}."))
+    if returns := answer.returns(knowledge):
+        content.append(Text(returns))
     if chart := front_chart(knowledge, found):
         content += [Heading("Pareto front"), Figure("pareto", chart)]
         content += [Figure(chart.key, chart) for chart in trade_offs(knowledge)]

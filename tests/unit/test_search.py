@@ -1328,6 +1328,21 @@ def test_a_row_says_why_it_has_no_more_and_is_counted_if_it_was_probed() -> None
     assert "requests/s offered" in table.heads and "requests/s answered" in page.front_table(search).heads
 
 
+def test_a_page_says_that_short_probes_have_few_returning_users() -> None:
+    search = Knowledge(Goal("throughput", (P99,)), BATCHING)
+    assert answer.returns(search) == ""
+    whole = {"workload/returning_share": 0.6, "throughput_rps": 100.0}
+    search.note(search.begin(ALL[0]), Probe(None, 512), Outcome("OK", whole))
+    assert answer.returns(search) == ""  # no cache
+    trial = search.begin(ALL[1])
+    search.note(trial, Probe(None, 512), Outcome("OK", whole | {"cache/returning_share": 0.12}))
+    assert "with a cache 12% are by users who had come before in it, and of the whole trace 60%." in answer.returns(
+        search
+    )
+    search.note(trial, Probe(50.0, 1000), outcome(70, **whole | {"cache/returning_share": 0.7}))
+    assert "12% to 70%" in answer.returns(search) and answer.returns(search).endswith(" undervalues caches.")
+
+
 def test_a_configuration_has_one_number_in_all_tables_and_figures() -> None:
     search = searched(Capacities(CAPACITY))
     table = page._all(search)

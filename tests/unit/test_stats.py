@@ -428,15 +428,34 @@ def measured(details: dict[str, float]) -> dict[str, float]:
     return summarised(details).metrics
 
 
-def summarised(details: dict[str, float], *words: str, whole: Sequence[int] = ()) -> stats.Summary:
-    """Summary of four requests with 10 history events each, one per batch. whole: as of Measurement."""
+def summarised(
+    details: dict[str, float], *words: str, whole: Sequence[int] = (), users: Sequence[int] = (0, 0, 0, 0)
+) -> stats.Summary:
+    """Summary of four requests with 10 history events each, one per batch. whole: as of Measurement.
+
+    users: of the trace, whose first four requests are issued.
+    """
     spec, _ = compose_spec(["engine=hstu", *words])
     events, request_ids = np.arange(10), np.arange(4)
-    requests = [Request(i, 0, events, events, events, events, 0, events[:2], 10, 0.0, 80.0) for i in range(4)]
+    requests = [
+        Request(i, user, events, events, events, events, 0, events[:2], 10, 0.0, 80.0) for i, user in enumerate(users)
+    ]
     times = dict.fromkeys((*measure.PARTS, "latency_ms"), np.full(4, 2.0))
     samples = {"request_id": request_ids, "arrival_s": request_ids / 1e3, "batch_index": request_ids, **times}
     raw = Measurement(samples, 40, 40, details, busy_s=0.008, batch_mean=1.0, whole=list(whole))
     return measure.summarise(raw, spec, requests)
+
+
+def test_a_run_with_fewer_returning_users_than_its_trace_says_so() -> None:
+    """A cache finds less in it than in a long run."""
+    counted = dict.fromkeys(("cache_hits", "cache_partial_hits", "cache_misses", "cache_bypassed"), 1.0)
+    few = summarised(counted, users=(0, 1, 2, 0, 1, 2, 0, 1, 2, 0))
+    assert few.metrics["cache/returning_share"] == 0.25
+    [note] = [line for line in few.notes if "came before" in line]
+    assert note.startswith("25% of these 4 requests are by users who came before in the run, and 70% in the whole ")
+    assert note.endswith("trace: scenario.queries=10 shows the hits of all of it")
+    for details, users in ((counted, (0, 1, 2, 0)), ({}, (0, 1, 2, 0, 1, 2, 0, 1, 2, 0))):
+        assert not any("came before" in line for line in summarised(details, users=users).notes)
 
 
 def test_cache_metrics_are_shares_of_lookups_and_of_events() -> None:
