@@ -108,6 +108,19 @@ def compose_many(combinations: Sequence[Sequence[str]], config_dir: str | None =
     return found
 
 
+def choices(overrides: Sequence[str], config_dir: str | None = None) -> dict[str, str]:
+    """Return the option that each group has in a run, by the key that overrides it. Raises ConfigError."""
+    prepare_hydra()
+    try:
+        with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+            found = _compose("config", [*overrides, *_search_path(config_dir)]).hydra.runtime.choices
+            return {str(key): str(name) for key, name in found.items() if name is not None}
+    except (HydraException, OmegaConfBaseException) as e:
+        raise ConfigError(explain(e)) from None
+    finally:
+        GlobalHydra.instance().clear()
+
+
 def axes_of(overrides: Sequence[str], config_dir: str | None = None) -> tuple[dict[str, list[str]], list[str]]:
     """Return the options that overrides give several values, with those of a study's sweep, and the other overrides.
 

@@ -6,17 +6,21 @@ import os
 from pathlib import Path
 
 from grbench import deployment
-from grbench.config.compose import compose_spec
+from grbench.config.compose import choices, compose_spec
 from grbench.config.malformed import quoted
 from grbench.deployment import Certified, Deployment, Figure, Strategy
+from grbench.report.cells import shown
 from grbench.tune import answer
 from grbench.tune.answer import Answer
 from grbench.tune.config import Declared
+from grbench.tune.live import BATCHING
+from grengines import registry
 from grengines.options import files
 
 FILE = "best.yaml"
 # Overrides of how cells run, which are no part of a strategy, and what the deployment has keys for.
 NOT_STRATEGY = ("task", "runner.", "tracking", "rerun", "skip_invalid", "hydra.", "scenario", "gate.", "seed")
+GROUPS = ("model", "workload", "engine", "kernel", "cache")  # of options that make a strategy
 STORAGE = "cache.storage_path"  # a folder whose content does not count, so that `files` leaves it out
 
 
@@ -30,7 +34,7 @@ def write(found: Answer, declared: Declared, folder: Path) -> Path:
     batching = [word for word in declared.fixed if word.startswith("scenario.")]
     strategy = Strategy(
         name=found.trial.configuration.name.replace(" ", "-"),
-        overrides=_from_anywhere([*fixed, *batching, *found.trial.configuration.words], declared),
+        overrides=_from_anywhere(_whole([*fixed, *batching, *found.trial.configuration.words], declared), declared),
         certified=_figures(found, folder) if found.certified else None,
     )
     limits = {}
@@ -49,6 +53,25 @@ def write(found: Answer, declared: Declared, folder: Path) -> Path:
     made = Deployment(deployment.VERSION, declared.task, limits, [strategy], config_dir=own)
     deployment.save(made, path, " ".join(remarks))
     return path
+
+
+def _whole(words: list[str], declared: Declared) -> list[str]:
+    """Return overrides that say by themselves what a strategy is, also to a version with other defaults.
+
+    Before those of the search come the choices of groups, the batching and the precisions that nobody typed.
+    """
+    composed = [*words, f"task={declared.task}", f"scenario={declared.scenario}"]
+    spec, _ = compose_spec(composed, declared.config_dir)
+    stages = registry.get(spec.engine.name).stages
+    engines = {f"engine.{stage}": getattr(spec.engine, stage) for stage in stages} or {"engine": spec.engine}
+    groups = choices(composed, declared.config_dir)
+    effective = {
+        **{key: name for key, name in groups.items() if key.partition("@")[0] in GROUPS},
+        **{f"{key}.precision": engine.precision for key, engine in engines.items() if hasattr(engine, "precision")},
+        **{f"scenario.{name}": shown(getattr(spec.scenario, name)) for name in BATCHING},
+    }
+    typed = {word.lstrip("+").partition("=")[0] for word in words}
+    return [*(f"{key}={value}" for key, value in effective.items() if key not in typed), *words]
 
 
 def _from_anywhere(words: list[str], declared: Declared) -> list[str]:

@@ -902,6 +902,36 @@ def test_a_deployment_names_files_that_can_be_found_from_any_folder(
     assert spec.cache.storage_path == str(tmp_path / "states")  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    "typed, chosen",
+    [
+        (
+            ["engine=hstu", "scenario=trace_replay"],
+            ["model=hstu_tiny", "workload=ml_100k", "kernel=auto", "cache=none", "engine.precision=auto"],
+        ),
+        (
+            ["engine=pipeline", "engine@engine.rank=hstu", "cache=lru", "kernel.hstu_attention=torch"],
+            ["kernel=auto", "engine@engine.retrieve=vllm", "engine.retrieve.precision=auto"],
+        ),
+    ],
+)
+def test_a_deployment_says_by_itself_what_its_strategy_is(typed: list[str], chosen: list[str], tmp_path: Path) -> None:
+    """A later version may have other defaults than what nobody typed."""
+    declared = config.declare([*typed, "space=typed", "scenario.max_batch=4,8"])
+    knowledge = Knowledge(declared.goal, BATCHING)
+    trial = knowledge.begin(Configuration((("scenario.max_batch", "8"),)))
+    file = deploy.write(answer.Answer(knowledge, trial, 100, outcome(1), None), declared, tmp_path)
+    loaded = deployment.load(file)
+    words = loaded.strategies[0].overrides
+    batching = ["scenario.max_batch=8", "scenario.max_wait_ms=2", "scenario.in_flight=", "scenario.order=fifo"]
+    for word in (*chosen, *batching):
+        assert any(its.startswith(word) for its in words)
+    assert len({word.partition("=")[0] for word in words}) == len(words)
+    [spec] = loaded.specs().values()
+    given = [word for word in typed if not word.startswith("scenario=")]
+    assert spec == compose_spec([*given, "scenario.max_batch=8", f"task={declared.task}"])[0]
+
+
 def test_a_budget_too_small_to_certify_says_which_one_would_do() -> None:
     evaluator = Capacities(CAPACITY, cells=14)
     evaluator.share = lambda wanted: sum(1 + probe.requests / 2000 for _, probe in wanted) / 14  # type: ignore[method-assign]
