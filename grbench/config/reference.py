@@ -160,4 +160,4 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def _shown(value: Any) -> str:
     """A value as one types it: null, true, 0.5, [16,32]."""
     typed = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    return typed if isinstance(typed, str) else json.dumps(typed, separators=(",", ":"))
+    return typed if typed and isinstance(typed, str) else json.dumps(typed, separators=(",", ":"))
