@@ -23,6 +23,17 @@ from grbench.report.studies import PAGE, folders, keep, rebuild, stale, study_pa
 REPORTS = ROOT / "reports"
 KEPT = list(folders(REPORTS))
 Capture = pytest.CaptureFixture[str]
+# Sections of pages whose tables are made of reports, and the columns that are.
+TABLES = [
+    ("README.md", "Results", ["reference"]),
+    ("docs/PERFORMANCE.md", "End to end", ["reference"]),
+    ("docs/PERFORMANCE.md", "The eager baseline", ["gpu_kernels", "gpu_graphs"]),
+    ("docs/PERFORMANCE.md", "MLPerf's lengths under load", ["gpu_dlrm_server"]),
+    ("docs/PERFORMANCE.md", "Order of a batch", ["gpu_order"]),
+    ("docs/PERFORMANCE.md", "A hit in the KV cache", ["user_cache"]),
+]
+_MEASURED = re.compile(r"requests/s|^p(50|90|99)( ms|, 95%|$)|J a request|joules|cached|no cache|times|loaded|copied")
+_FIGURE = re.compile(r"(?<![\w.])\d+(?:\.\d+)?")
 
 
 @pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
@@ -30,6 +41,39 @@ def test_each_page_is_what_its_records_give(folder: Path) -> None:
     assert stale(folder) is None
     commits = {json.loads(path.read_text())["environment"]["git_sha"] for path in folder.rglob("re*.json")}
     assert [commit[:12] for commit in commits] == re.findall(r"\bcommit ([0-9a-f]{7,})", (folder / PAGE).read_text())
+
+
+def strange_figures(section: str, records: str) -> list[str]:
+    """Return the figures of the measured columns of a section's tables that no record has, rounded."""
+    known = [float(figure) for figure in _FIGURE.findall(records)]
+
+    def is_known(figure: str) -> bool:
+        half = 0.5 / 10 ** len(figure.partition(".")[2]) + 1e-9
+        return any(abs(float(figure) - other) <= half for other in known)
+
+    strange: list[str] = []
+    columns: list[int] | None = None
+    for line in section.splitlines():
+        cells = line.split("|")[1:-1]
+        if not line.startswith("|"):
+            columns = None
+        elif columns is None:
+            columns = [i for i, cell in enumerate(cells) if _MEASURED.search(cell.strip())]
+        else:
+            strange += [figure for i in columns for figure in _FIGURE.findall(cells[i]) if not is_known(figure)]
+    return strange
+
+
+@pytest.mark.parametrize("page, heading, names", TABLES, ids=[heading for _, heading, _ in TABLES])
+def test_tables_of_other_pages_have_the_figures_of_the_reports(page: str, heading: str, names: list[str]) -> None:
+    section = (ROOT / page).read_text().partition(f"# {heading}\n")[2].partition("\n#")[0]
+    records = [path.read_text() for name in names for path in (REPORTS / name).rglob("re*.json")]
+    assert "|---|" in section and strange_figures(section, "\n".join(records)) == []
+
+
+def test_a_figure_that_no_record_has_is_found() -> None:
+    table = "| load | requests/s | limit |\n|---|---|---|\n| 400/s | 399 | 0.123 |\n| | 41.2 | |\n"
+    assert strange_figures(f"{table}\n| x | p50 |\n|---|---|\n| | 2.7 |\n", "[399.2, 2.68, 41.1]") == ["41.2"]
 
 
 def test_the_folder_holds_reports_and_nothing_else() -> None:
