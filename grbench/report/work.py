@@ -76,6 +76,7 @@ def work_of(record: RunRecord) -> str:
         {key: value for key, value in options_of(record).items() if key.split(".")[0] == "workload"},
         (spec.get("retrieval") or {}).get("k"),
         scenario_of(record),
+        offered_load(record) is None,  # a trace at its own clock is at no load that others could be compared with
         spec.get("latency_limit_ms"),
     ]
     return json.dumps([work, machine_of(record.environment)], sort_keys=True)

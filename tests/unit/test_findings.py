@@ -66,6 +66,15 @@ def test_runs_in_loadgens_accuracy_mode_are_not_ranked() -> None:
         assert len(sentences(*engines)) == ranked
 
 
+def test_a_trace_at_its_own_clock_is_not_at_a_load_of_0() -> None:
+    replays = [cell(p99, scenario="trace_replay") for p99 in (50, 120, 120)]
+    for record, rate in zip(replays, (None, 20.0, 40.0), strict=True):
+        record.spec["scenario"]["mean_qps"] = rate
+    own_clock, scaled = sentences(*replays)
+    assert own_clock.startswith("In trace_replay, hstu has a p99 of 50.0 [45.0, 55.0] ms, within the limit")
+    assert scaled.startswith("In trace_replay, no cell has p99 within 80 ms for certain")
+
+
 def test_at_one_load_the_lowest_p99_leads_whatever_the_throughput() -> None:
     """In `server` the rate is what was offered: its last digits say nothing."""
     fast, slow = cell(6.25, rps=40.0252), cell(9.28, rps=40.0254, engine="onnxruntime")
