@@ -21,11 +21,14 @@ class MlflowConfig:
 
 
 def check_uri(key: str, uri: str | None) -> None:
-    """Raise ValueError for a URI with a password or a token: it would be kept in records, pages and logs.
+    """Raise ValueError for no URI, and for one with a password or a token, which records, pages and logs would keep.
 
     key: the option that has the URI.
     """
-    parts = urlsplit(uri or "")
+    try:
+        parts = urlsplit(uri or "")
+    except ValueError as e:  # the line leaves the URI out, which may hold a password
+        raise ValueError(f"{key}: {e}; allowed are such as http://host:5000 and sqlite:///mlruns.db") from None
     if parts.password or (parts.username and parts.scheme.startswith("http")) or "password" in parts.query.lower():
         raise ValueError(
             f"{key}: it holds a password, which records and pages would show; set MLFLOW_TRACKING_USERNAME and "

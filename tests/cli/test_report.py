@@ -760,6 +760,7 @@ def test_errors_are_one_line(sweep: Path, tmp_path: Path, capsys: Capture) -> No
     assert f"{empty}/record.json: not JSON" in fails(capsys, str(empty), *out)
     assert "cannot be read" in fails(capsys, "--mlflow", "nosuchscheme://x", *out)
     assert "no such file" in fails(capsys, "--mlflow", f"sqlite:///{tmp_path}/none.db", *out)
+    assert "--mlflow: Invalid IPv6 URL; allowed" in fails(capsys, "--mlflow", "http://[", *out)
     assert "sqlite:x.db: no URI of a database; allowed is such as" in fails(capsys, "--mlflow", "sqlite:x.db", *out)
     assert not (tmp_path / "none.db").exists()
     assert "the suffix says the form; allowed: .md, .html, .csv, .json" in fails(
