@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 
+from grbench.config.compose import explain
 from grbench.config.schema import ConfigError, RunSpec, weights_of
 from grbench.execution import results
 from grbench.execution.records import ARTIFACTS
@@ -35,7 +37,7 @@ def as_run(words: Sequence[str]) -> tuple[list[str], Wanted]:
     """Return the overrides of the run that evaluates what these words train, and what else they say of the training.
 
     As in `grbench train`, the task is rank unless they say another one, or name an engine. A file of a part's weights
-    says the task too, and both files the pipeline.
+    says the task too, and both files the pipeline. Raises ConfigError for a word that is no override.
     """
     wanted, kept = Wanted(), list[str]()
     for word in words:
@@ -43,7 +45,7 @@ def as_run(words: Sequence[str]) -> tuple[list[str], Wanted]:
         if key == "out":
             wanted.out = value
         elif key == "held_out" or key.startswith("training."):
-            wanted.settings[key] = OmegaConf.create(f"value: {value}").value
+            wanted.settings[key] = _typed(word)
         else:
             kept.append({"device": "engine.", "output_root": "runner."}.get(key, "") + word)
     keys, files = {word.partition("=")[0] for word in kept}, {"model.weights", "retrieval.weights"}
@@ -52,6 +54,14 @@ def as_run(words: Sequence[str]) -> tuple[list[str], Wanted]:
     engine = "hf" if any(word.startswith("model=decoder") for word in kept) else "hstu"
     task = ["task=generate"] if "retrieval.weights" in keys and "task" not in keys else []
     return [f"engine={engine}", *task, *kept], wanted
+
+
+def _typed(word: str) -> Any:
+    """Return the value of an override, as `grbench train` reads it. Raises ConfigError."""
+    try:
+        return OverridesParser.create().parse_overrides([word])[0].value()
+    except OverrideParseException as e:
+        raise ConfigError(explain(e)) from None
 
 
 def with_trained(spec: RunSpec, wanted: Wanted, root: Path, overrides: Sequence[str]) -> tuple[RunSpec, list[str]]:

@@ -453,6 +453,8 @@ def test_what_cannot_be_trained_is_refused(
             "the file does not say that each user's last events, which are to be found, were left out",
         ),
         (["engine=hstu", "--users", "-1"], "--users -1: allowed is >= 0"),
+        (["training.epochs=["], "training.epochs=[: [ is not closed; write"),
+        (["held_out='9"], "held_out='9: "),
         (
             ["engine=hstu", "model.weights=walks.txt", "--users", "9"],
             "--users 9: to rank, set gate.quality_requests=NUMBER instead, the last requests",
