@@ -33,6 +33,11 @@ from grbench.execution.environment import code_digest
 from grbench.execution.kept import KeptEngine
 from grbench.execution.records import Outcome, Status, one_line
 
+# How libraries say it that have no exception for it: PyTorch, the system, C++, ONNX Runtime, CUDA.
+NO_MEMORY = (
+    *("can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "Failed to allocate memory"),
+    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+)
 GRACE_S = 60  # of a launcher that does not stop its worker at the time limit: it may be stopped itself
 
 
@@ -137,10 +142,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Return True if the host's or the device's memory ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    text = str(error)
-    return isinstance(error, OSError | RuntimeError) and (
-        "can't allocate memory" in text or "Cannot allocate memory" in text or "std::bad_alloc" in text
-    )
+    return any(words in str(error) for words in NO_MEMORY)  # of any type: ONNX Runtime has its own
 
 
 if __name__ == "__main__":

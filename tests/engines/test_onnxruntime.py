@@ -20,6 +20,8 @@ from onnx import TensorProto, helper
 from sklearn.metrics import log_loss, roc_auc_score
 
 from grbench import workloads
+from grbench.execution.records import Status
+from grbench.execution.worker import classify
 from grbench.gate import quality
 from grbench.quality.labels import Labels, labels_of
 from grbench.quality.rankings import Rankings
@@ -257,6 +259,23 @@ def test_without_the_exporters_packages_a_file_still_runs(monkeypatch: pytest.Mo
 
 
 TRACE = workloads.build(SyntheticConfig("synthetic", users=30, items=200, visits=60, max_history=40), 0, 80.0)
+
+
+def test_memory_that_onnx_runtime_lacks_is_no_error_of_its_own() -> None:
+    """Its exceptions are of no type that says it; with an output of 2**47 bytes no machine has the memory."""
+    import onnxruntime
+
+    kinds = {"x": TensorProto.FLOAT, "n": TensorProto.INT64}
+    given = [helper.make_tensor_value_info(name, kind, [1]) for name, kind in kinds.items()]
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph([helper.make_node("Expand", ["x", "n"], ["y"])], "huge", given, [out])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    with pytest.raises(Exception, match="Failed to allocate memory") as caught:
+        session.run(None, {"x": np.ones(1, np.float32), "n": np.array([2**45])})
+    status, reason = classify(caught.value)
+    assert status is Status.OOM and reason.startswith("memory ran out: [ONNXRuntimeError]")
+    assert classify(RuntimeError("a Gemm failed"))[0] is Status.ERROR
 
 
 def test_labels_are_what_the_user_did_in_the_visit() -> None:
