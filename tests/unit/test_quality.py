@@ -12,17 +12,18 @@ from sklearn.metrics import accuracy_score, log_loss, ndcg_score, roc_auc_score
 
 from grbench.gate import quality
 from grbench.gate.rank import coarsest
-from grbench.quality import metrics
+from grbench.quality import metrics, rankings
 from grbench.quality.command import _page
 from grbench.quality.evaluate import Evaluation
 from grbench.quality.exact import is_exact
+from grbench.quality.labels import Labels, labels_of
 from grbench.quality.lists import Lists
 from grbench.quality.metrics import Estimate, Scored
 from grbench.quality.protocol import TEST, VALIDATION, LeaveOneOut, without
 from grbench.quality.rankings import Rankings
 from grbench.workloads.config import RecordedConfig
 from grbench.workloads.events import DataError, Events
-from grbench.workloads.trace import build_trace, find_visits
+from grbench.workloads.trace import Trace, build_trace, find_visits
 from grengines.api import RankResult, Request
 from grengines.numerics import IncorrectError
 
@@ -268,6 +269,27 @@ def test_baselines_of_scores() -> None:
     truth = np.concatenate(rankings.labels)[:, 0]
     logits = [one.astype(np.float32) * 2 - 1 for one in rankings.labels]
     assert truth.any() and rankings.estimates(logits)["rated/auc"].interval == [1, 1]
+
+
+def test_the_means_of_items_are_of_the_latest_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded data has millions of requests, of which each would be made."""
+    rng = np.random.default_rng(4)
+    events = events_of(*[rng.permutation(40)[:25].tolist() for _ in range(8)], items=40)
+    workload = RecordedConfig("any", num_candidates=8)
+    found = Rankings.of(build_trace(events, find_visits(events, workload), workload, 0, 1.0), ["rated"], 5, seed=0)
+    assert found is not None and found.indices.start > 20
+    looked: list[int] = []
+
+    def look(trace: Trace, index: int, tasks: list[str]) -> Labels | None:
+        looked.append(index)
+        return labels_of(trace, index, tasks)
+
+    monkeypatch.setattr(rankings, "labels_of", look)
+    for most, first in ((20, found.indices.start - 20), (10**6, 0)):
+        monkeypatch.setattr(rankings, "EARLIER", most)
+        looked.clear()
+        found.baselines()
+        assert looked == list(range(first, found.indices.start))
 
 
 def test_the_page_has_the_columns_of_every_configuration() -> None:
