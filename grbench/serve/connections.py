@@ -1,4 +1,4 @@
-"""Connections of HTTP: how many there are, and how long one may say nothing."""
+"""Connections of HTTP: how many there are, how long one may say nothing, and how much it may say beside a body."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 from urllib.parse import unquote
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from grbench.serve.exchange import Exchange, Target
 
 KEEP_ALIVE_S = 75  # between two requests
 HEADERS_S = 10.0  # to the end of a request's headers: from the connection, its first byte, or the answer before it
+MOST_HEADERS = 65_536  # bytes of a request's headers, or of a body's trailers: the parser holds them however many come
 GOODBYE_S = 1.0  # for an idle client to answer the end of its TLS session
 
 
@@ -28,12 +29,16 @@ class Connection(HttpToolsProtocol):
     """
 
     _in_headers = False  # a request has begun, and its headers are not complete
+    _is_beyond = False  # as many connections were open before as there may be
+    _bare = 0  # bytes that came since a request began or a part of its body came
     _answered: Any = None  # the newest request that is being answered or was; others that have come wait for it
     _timer: asyncio.TimerHandle
     _ends: float  # the loop's time at which it is closed, unless something comes before
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        most, self.limit_concurrency = self.limit_concurrency, None  # uvicorn would refuse the earlier ones too
+        self._is_beyond = most is not None and len(self.connections) > most
         self._ends = self.loop.time() + HEADERS_S
         self._look()
 
@@ -44,8 +49,20 @@ class Connection(HttpToolsProtocol):
         else:
             self._timer = self.loop.call_later(HEADERS_S / 4, self._look)
 
+    def data_received(self, data: bytes) -> None:
+        self._bare += len(data)
+        super().data_received(data)
+        if self._bare > MOST_HEADERS and not self.transport.is_closing():
+            if self._in_headers and (self.cycle is None or self.cycle.response_complete):
+                self.transport.write(STATUS_LINE[431] + b"connection: close\r\ncontent-length: 0\r\n\r\n")
+            self.transport.close()
+
+    def on_body(self, body: bytes) -> None:
+        self._bare = 0
+        super().on_body(body)
+
     def on_message_begin(self) -> None:
-        self._in_headers = True
+        self._in_headers, self._bare = True, 0
         if self.cycle is None or self.cycle.response_complete:
             self._ends = self.loop.time() + HEADERS_S
         else:  # the client has not waited for the answer before, whose end sets the limit
@@ -73,11 +90,13 @@ class Connection(HttpToolsProtocol):
     def _target(self) -> Target | None:
         """Return the target of a request; None: uvicorn handles the request.
 
-        It passes the request to the application, opens a WebSocket, or refuses a connection too many.
+        It passes the request to the application, or opens a WebSocket.
         """
-        if self.parser.get_method() != b"POST" or (self.parser.should_upgrade() and self._should_upgrade()):
+        if self.parser.should_upgrade() and self._should_upgrade():
             return None
-        if (most := self.limit_concurrency) is not None and max(len(self.connections), len(self.tasks)) >= most:
+        if self._is_beyond:
+            return Target(self.app.refuse, {})
+        if self.parser.get_method() != b"POST":
             return None
         path = httptools.parse_url(self.url).path.decode("ascii")
         found: Target | None = self.app.target(unquote(path) if "%" in path else path)

@@ -79,6 +79,14 @@ class Api:
             return None
         return Target(endpoint, {"model": parts[3], "version": parts[5] if len(parts) == 7 else VERSION})
 
+    async def refuse(self, asked: HttpRequest) -> HttpResponse:
+        """Refuse a request of a connection beyond those that may be open, whatever it asks."""
+        self._service.metrics.shed.labels("connections").inc()
+        most, queue = self._service.config.most_connections, self._service.config.max_queue
+        line = f"{most} connections are open already (serve.max_queue={queue} and {most - queue} more)"
+        answer = refusal(RefusedError(429, line, 1.0), _ident(asked))
+        return answer._replace(headers={**answer.headers, "connection": "close"})
+
     def _route(self, path: str, endpoint: Endpoint, method: str = "GET", open_to_all: bool = False) -> Route:
         return Route(path, _Asgi(self._guarded(endpoint, open_to_all)), methods=[method])
 
@@ -86,7 +94,7 @@ class Api:
         """Return an endpoint whose refusals are one line of JSON, and which needs the key unless it is open."""
 
         async def guarded(asked: HttpRequest) -> HttpResponse:
-            asked.ident = ident = (asked.headers.get("x-request-id") or f"{random.getrandbits(128):032x}")[:128]
+            asked.ident = ident = _ident(asked)
             try:
                 self._check_origin(asked)
                 asked.client = "" if open_to_all else client_of(asked.headers.get("authorization", ""), self._keys)
@@ -210,6 +218,11 @@ class _Asgi:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = await self._endpoint(HttpRequest(Headers(scope=scope), scope["path_params"]))
         await Response(answer.body, answer.status, answer.headers)(scope, receive, send)
+
+
+def _ident(asked: HttpRequest) -> str:
+    """Return the id that the client gave a request, or a new one."""
+    return (asked.headers.get("x-request-id") or f"{random.getrandbits(128):032x}")[:128]
 
 
 def _names(asked: HttpRequest) -> tuple[str, str]:

@@ -450,6 +450,23 @@ def test_a_connection_without_headers_is_closed(monkeypatch: pytest.MonkeyPatch,
     assert asyncio.run(left()) == b""
 
 
+TRAILERS = posted("/v2/a", b"1\r\nx\r\n0\r\nLast: ", "Transfer-Encoding: chunked", length=False)
+
+
+@pytest.mark.parametrize("first", [b"GET / HTTP/1.1\r\nHost: ", b"GET /", TRAILERS])
+def test_headers_and_trailers_have_a_bound(first: bytes) -> None:
+    """After trailers too long the connection ends before the call is answered."""
+
+    async def found() -> bytes:
+        async with connected(_Slow()) as (reader, writer):
+            for piece in (first, *[b"a" * (connections.MOST_HEADERS // 4)] * 6):
+                writer.write(piece)
+                await asyncio.sleep(0.01)
+            return await asyncio.wait_for(reader.read(), 5)
+
+    assert asyncio.run(found())[:12] == (b"" if first is TRAILERS else b"HTTP/1.1 431")
+
+
 @pytest.mark.parametrize("path", ["/v2/models/m/infer", "/reload", "/metrics", "/other"])
 @pytest.mark.parametrize("key", [b"key", None])
 def test_an_answer_without_the_body_is_the_last_one_if_the_client_waits_for_leave(key: bytes | None, path: str) -> None:
