@@ -141,16 +141,14 @@ class Controller:
         if not in_time:
             soonest = min(predicted.values())
             raise self._too_late(
-                f"deadline: {'; '.join(failed)}; another strategy would take {soonest * 1e3:.1f} ms more",
-                soonest,
-                503,
+                f"deadline: {'; '.join(failed)}; another strategy would take {soonest * 1e3:.1f} ms more", soonest
             )
         return min(in_time, key=lambda s: self._usual.index(s) if s in self._usual else math.inf)
 
-    def _too_late(self, message: str, retry_after_s: float, status: int = 429) -> RefusedError:
+    def _too_late(self, message: str, retry_after_s: float) -> RefusedError:
         """Return the error for a request that misses its deadline, and count it."""
         self._metrics.shed.labels("deadline").inc()
-        return RefusedError(status, message, retry_after_s)
+        return RefusedError(429, message, retry_after_s)
 
     def _step_of(self, strategy: Strategy) -> Step | None:
         """Return the step that a strategy is there for; None for a usual one."""
@@ -224,7 +222,7 @@ class Controller:
         for strategy in able:
             cheaper = request
             if step.max_candidates:
-                cheaper = replace(request, candidates=request.candidates[: step.max_candidates])
+                cheaper = _first(request, step.max_candidates)
             elif step.max_history:
                 cheaper = _newest(request, step.max_history)
             elif 0 < (known := strategy.known_events(request.user_id)) < len(request.history_items):
@@ -254,6 +252,11 @@ def _nothing_left(error: FailedError, failed: Sequence[str]) -> RefusedError:
     if error.reason == "outside":
         return invalid(f"no strategy can answer this request: {error}")
     return RefusedError(503, f"no strategy answered: {'; '.join(failed)}", 1.0)
+
+
+def _first(request: Request, candidates: int) -> Request:
+    few = len(request.candidates) <= candidates
+    return request if few else replace(request, candidates=request.candidates[:candidates])
 
 
 def _newest(request: Request, events: int) -> Request:

@@ -5,6 +5,7 @@ Triton's counters have no `_total` at their end, which the library would add, so
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from grbench.deployment import Step
 from grbench.execution.heap import in_use
 
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
@@ -84,6 +86,10 @@ class Metrics:
             "grbench_fallbacks", "Requests that another strategy answered", ["from", "to", "reason"], **own
         )
         self.degraded = Counter("grbench_degraded", "Requests answered by a cheaper step", ["step"], **own)
+        self.step_loss = Gauge(
+            "grbench_step_loss", "Loss of a step of degrade, as the deployment gives it, with the ends of its interval",
+            ["step", "loss", "part"], **own,
+        )  # fmt: skip
         self.shed = Counter("grbench_shed", "Requests refused under load", ["reason"], **own)
         self.hits = Counter("grbench_state_hits", "Requests by where the user's state was", ["tier"], **own)
         self.gate_error = Histogram(
@@ -123,6 +129,15 @@ class Metrics:
         self.registry.register(_Live(state, users, self.answered))
         self.registry.register(_Triton(self._triton, self.answered, state, model))
         self.registry.register(_TritonGpu(lambda: self.gpu))
+
+    def show_steps(self, steps: Iterable[Step]) -> None:
+        """Show the losses of the steps of the present deployment; NaN for a step without one."""
+        self.step_loss.clear()
+        for step in steps:
+            for loss, value in (step.loss or {"unknown": math.nan}).items():
+                parts = {"value": value, **dict(zip(("low", "high"), step.intervals.get(loss, ()), strict=False))}
+                for part, its in parts.items():
+                    self.step_loss.labels(step.name, loss, part).set(its)
 
     def ended(self, status: int, strategy: str, took_s: float, post_s: float) -> None:
         """Count a call that has ended. strategy: of each of its users, with commas between; each counts once.

@@ -101,6 +101,7 @@ class Service:
                 present = await self._bring_up(self.deployment)
                 leave_out()
                 self.present = present
+                self.metrics.show_steps(self.deployment.degrade)
 
     async def reload(self) -> str:
         """Read the deployment again and replace the strategies; the old ones answer until then. Returns a line.
@@ -124,6 +125,7 @@ class Service:
             old, self.present, self.deployment = self.present, new, deployment
             strategies = new.controller.strategies
             self.metrics.reloads.labels("done").inc()
+            self.metrics.show_steps(deployment.degrade)
             self.log.info("reloaded", strategies=[s.name for s in strategies])
             if old is not None:
                 await self._end(old.controller, self.config.drain_s)
@@ -324,6 +326,8 @@ def _parameters(answers: list[Answer]) -> dict[str, Any]:
             parameters[name] = joined([getattr(a, name) for a in answers])
         most: Mapping[str, float] = max((a.loss for a in answers if a.loss), key=_most, default={})
         parameters |= most
+        if any(a.degraded and not a.loss for a in answers):
+            parameters["loss"] = "unknown"
     if failed := [line for a in answers for line in a.failed]:
         parameters["fallback_from"] = "; ".join(dict.fromkeys(failed))
     return parameters

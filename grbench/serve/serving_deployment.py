@@ -49,6 +49,8 @@ async def bring_up(
     uncertified = [strategy.name for strategy in deployment.strategies if strategy.certified is None]
     if source is not None and uncertified:
         log.info("not certified", strategies=uncertified, file=source)
+    if unmeasured := {s.name: s.loss or "unknown" for s in deployment.degrade if s.record is None}:
+        log.info("losses not measured", steps=unmeasured, next=f"grbench losses {source} FOLDER")
     specs = await asyncio.to_thread(deployment.specs, source or "deployment")
     spec = next(iter(specs.values()))
     if before is not None and spec.workload != before.spec.workload:

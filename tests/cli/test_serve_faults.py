@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from helpers.faulty_engine import FAULTS, POISON
 from helpers.serving import TINY, Serving, as_json, serving, tensors_of, tiny_trace, wait_until
 
 from grbench.deployment import Deployment, Step, Strategy
-from grbench.serve import controller, recovery
+from grbench.serve import controller, options, recovery
 from grengines import registry
 
 TASK = {"version": 1, "task": "rank"}
@@ -164,6 +166,66 @@ def test_overload_degrades_first_and_then_refuses(tensors: dict[str, np.ndarray]
         }
         status, answer, _ = server.infer(tensors, deadline_ms=1.0)
         assert status == 429 and "deadline" in answer["error"]
+
+
+def test_steps_are_taken_in_their_order_before_a_call_is_refused() -> None:
+    """Each user of a call waits behind those before. The less time the call has, the more of them are degraded."""
+    users = tensors_of(tiny_trace()[1].requests[:8])
+    half = Step("half", max_candidates=4, loss={"hr10_popular_loss": 0.02}, record="records/half")
+    half.intervals = {"hr10_popular_loss": [0.01, 0.03]}
+    overrides = [*TINY, "engine=faulty", "scenario.max_batch=1"]
+    strategies = [Strategy(name, [*overrides, f"engine.label={name}"]) for name in ("usual", "cheap")]
+    FAULTS["usual"] = "slow by candidates"
+    deployment = Deployment(**TASK, strategies=strategies, degrade=[half, Step("cheap", strategy="cheap")])
+    with serving("serve.gate_share=0", deployment=deployment) as server:
+        status, answer, _ = server.infer(users)
+        assert status == 200 and "degraded" not in answer["parameters"]
+        seen, refused = set[str](), 0
+        for deadline_ms in range(360, 0, -20):
+            status, answer, headers = server.infer(users, deadline_ms=deadline_ms)
+            if status != 200:
+                refused += 1
+                assert status == 429 and int(headers["retry-after"]) >= 1
+                continue
+            parameters = answer["parameters"]
+            taken = parameters.get("degraded", "").split(",")
+            assert taken == sorted(taken, key=["", "half", "cheap"].index)
+            seen |= set(taken)
+            assert parameters.get("hr10_popular_loss") == (0.02 if "half" in taken else None)
+            assert parameters.get("loss") == ("unknown" if "cheap" in taken else None)
+            sizes = next(o["data"] for o in answer["outputs"] if o["name"] == "OUTPUT_LENGTHS")
+            assert sizes == ([4 if step == "half" else 8 for step in taken] if len(taken) > 1 else [8] * 8)
+        assert seen == {"", "half", "cheap"} and refused
+        for part, value in {"value": 0.02, "low": 0.01, "high": 0.03}.items():
+            assert server.metric("grbench_step_loss", step="half", loss="hr10_popular_loss", part=part) == value
+        assert np.isnan(server.metric("grbench_step_loss", step="cheap", loss="unknown", part="value"))
+        assert server.metric("grbench_degraded_total", step="half") and server.metric("grbench_shed_total")
+        [said] = [event for event in server.events() if event["event"] == "losses not measured"]
+        assert said["steps"] == {"cheap": "unknown"}
+
+
+def test_connections_too_many_are_refused_and_the_earlier_ones_are_served(
+    monkeypatch: pytest.MonkeyPatch, tensors: dict[str, np.ndarray]
+) -> None:
+    monkeypatch.setattr(options, "BEYOND_QUEUE", 1)
+    with serving(*TINY, "engine=hstu", "serve.max_queue=1") as server, contextlib.ExitStack() as stack:
+        kept = [stack.enter_context(contextlib.closing(HTTPConnection("127.0.0.1", server.port))) for _ in range(2)]
+        body = json.dumps({"inputs": as_json(tensors)})
+
+        def asked(connection: HTTPConnection, path: str, body: str | None = None) -> tuple[int, Any, Any]:
+            connection.request("GET" if body is None else "POST", path, body)
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read()), answer.headers
+
+        for _ in range(2):
+            assert [asked(one, "/v2/models/hstu_tiny/infer", body)[0] for one in kept] == [200, 200]
+            for path, sent in {"/v2/models/hstu_tiny/infer": body, "/v2/health/ready": None}.items():
+                status, answer, headers = asked(HTTPConnection("127.0.0.1", server.port), path, sent)
+                assert status == 429 and answer["error"].startswith("2 connections are open already (serve.max_queue=1")
+                assert (headers["retry-after"], headers["connection"]) == ("1", "close")
+        kept.pop().close()
+        wait_until(lambda: server.call("/v2/health/ready")[0] == 200)
+        assert server.metric("grbench_shed_total", reason="connections") >= 4
 
 
 def test_a_full_queue_refuses(tensors: dict[str, np.ndarray]) -> None:

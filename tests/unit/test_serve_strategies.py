@@ -467,7 +467,7 @@ def test_a_fallback_that_would_be_late_is_refused() -> None:
         second.costs = Costs(5.0, {Kind(1): 0.001})
         with pytest.raises(RefusedError, match=r"deadline: first: raised; another strategy would take 5\d{3}") as e:
             await controller(first, second).answer(request(), time.perf_counter() + 1.0)
-        assert e.value.status == 503 and e.value.retry_after_s
+        assert e.value.status == 429 and e.value.retry_after_s  # the second one serves
         await asyncio.gather(first.close(1.0), second.close(1.0))
 
     run(work)
@@ -517,7 +517,9 @@ def test_of_several_answers_the_largest_loss_is_reported() -> None:
         gain = dataclasses.replace(answer, loss={"auc_loss": -0.002})
         for some in ([gain], [answer, gain], [gain, answer]):
             assert services._parameters(some)["auc_loss"] == -0.002
-        assert not any("loss" in name for name in services._parameters([answer]))
+        for some, known in (([answer], {}), ([share, answer], {"auc_loss": 0.05})):
+            found = services._parameters(some)
+            assert {name: its for name, its in found.items() if "loss" in name} == {**known, "loss": "unknown"}
         await asyncio.gather(usual.close(1.0), cheap.close(1.0))
 
     run(work)
@@ -550,6 +552,30 @@ def test_a_degraded_answer_says_what_was_asked_and_what_ran(step: Step, asked: s
         answer = await both.answer(many, time.perf_counter() + 5.0)
         assert (answer.degraded, answer.asked, answer.ran) == ("s", asked, ran)
         assert len(answer.done.reply.scores) == (1 if step.max_candidates else 16)
+        await one.close(1.0)
+
+    run(work)
+
+
+def test_the_first_step_that_helps_is_taken() -> None:
+    """A step that leaves out no candidate is none."""
+    many = dataclasses.replace(request(), candidates=np.full(16, GOOD))
+    steps = [Step(f"{number}", max_candidates=number) for number in (16, 8, 4)]
+
+    async def work() -> None:
+        one = made(Engine())
+
+        class Squared(Costs):
+            def each_s(self, kind: Kind) -> float:
+                return 4.0**kind.candidates / 1024  # 1 s of 16 candidates, 0.25 s of 8, 0.0625 s of 4
+
+        one.costs = Squared(0.0, {})
+        both = controller(one, steps=steps)
+        for left_s, step in ((2.0, ""), (0.9, "8"), (0.2, "4")):
+            assert (await both.answer(many, time.perf_counter() + left_s)).degraded == step
+        with pytest.raises(RefusedError, match="deadline: the answer would take"):
+            await both.answer(many, time.perf_counter() + 0.05)
+        assert list(both._degraded(steps[0], [one], many)) == []
         await one.close(1.0)
 
     run(work)
