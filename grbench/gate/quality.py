@@ -33,7 +33,9 @@ from grengines.numerics import IncorrectError
 
 MAX_LOSS = 1e-3  # share of the reference's AUC, normalised entropy or HR@10
 TOP_K = 10
-COMPARED = ("hr10", "ndcg10", "auc", "ne")  # figures whose resamples are kept; auc and ne are means of the tasks
+POPULAR = "_popular"  # suffix of figures of a ranker's list, whose candidates come by popularity
+# Figures whose resamples are kept. auc and ne are means of the tasks.
+COMPARED = ("hr10", "ndcg10", "auc", "ne", f"hr10{POPULAR}", f"ndcg10{POPULAR}")
 
 
 @dataclass
@@ -158,8 +160,22 @@ def measure(
     found, _ = rankings.ask(engine, spec.scenario.max_batch, spec.cache.name != "none")
     losses = rankings.losses(found, expected)
     beside = {f"loss/{name}": loss for name, loss in losses.items()}
+    beside |= _of_popular(spec, trace, engine)
     figures = QualityFigures.of(rankings.estimates(found) | beside, rankings.baselines(), rankings.notes)
     return compare(found, expected, rankings, precision, losses), figures
+
+
+def _of_popular(spec: RunSpec, trace: Trace, engine: Ranker) -> dict[str, Estimate]:
+    """Return HR@10 and NDCG@10 of the engine's order of the most popular `workload.num_candidates` items.
+
+    They say what is lost where the last of a client's candidates are left out. The result is {} for synthetic events,
+    and for a ranker that may know the items to be found.
+    """
+    if isinstance(spec.workload, DrawnConfig) or doubt_of_lists(spec.ranking_model.weights):
+        return {}
+    lists = lists_of(spec, trace)
+    figures = lists.estimates(lists.ask_ranker(engine, spec.scenario.max_batch))
+    return {f"{name}{POPULAR}": figures[name] for name in ("hr10", "ndcg10")}
 
 
 def rankings_of(spec: RunSpec, trace: Trace) -> Rankings | None:
@@ -285,8 +301,12 @@ def measure_lists(
 
 
 def lists_of(spec: RunSpec, trace: Trace) -> Lists:
-    """Return the users whose last item is to be found."""
-    assert spec.retrieval is not None
+    """Return the users whose last item is to be found: among the candidates of a ranker, else among all items."""
+    if spec.task == "rank":
+        k = spec.workload.num_candidates
+    else:
+        assert spec.retrieval is not None
+        k = spec.retrieval.k
     split = LeaveOneOut(trace.events)
     users = split.some_users(spec.gate.quality_requests, spec.seed)
     longest = int(trace.requests.history_lengths.max())  # the engine was prepared for them
@@ -294,7 +314,7 @@ def lists_of(spec: RunSpec, trace: Trace) -> Lists:
         split,
         users,
         min(longest, spec.workload.max_history),
-        spec.retrieval.k,
+        k,
         spec.seed,
         stale_events=spec.workload.stale_events,
     )

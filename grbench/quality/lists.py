@@ -1,9 +1,13 @@
-"""Quality of answers that are lists of items: hit rate, NDCG and MRR, leave one out over the full catalogue."""
+"""Quality of answers that are lists of items: hit rate, NDCG and MRR, leave one out over the full catalogue.
+
+A ranker's list has the candidates that it is given. Here these are the most popular items outside the user's past, so
+with fewer of them the less popular ones are lost, as where a client sends its candidates in that order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +16,7 @@ from grbench.execution.watch import Show, unseen
 from grbench.quality import metrics
 from grbench.quality.metrics import CUTOFFS, Estimate, Floats, Ints
 from grbench.quality.protocol import LeaveOneOut, without
-from grengines.api import Request
+from grengines.api import Ranker, Request
 
 NEW = "_new"  # suffix of figures whose answers have lost the items of the user's past
 
@@ -21,9 +25,9 @@ NEW = "_new"  # suffix of figures whose answers have lost the items of the user'
 class Lists:
     """The users whose last item is to be found, and the figures of answers to them.
 
-    k: items of an answer. Figures beyond it, such as hr50 of ten items, are left out, except up to 10: what an
-    answer of fewer items lacks is missed. stale_events: newest events that the histories lack. Figures of the answers
-    without the user's past go up to the cutoff for which every user has enough items left.
+    k: items of an answer; of a ranker's, its candidates. Figures beyond it, such as hr50 of ten items, are left out,
+    except up to 10: what an answer of fewer items lacks is missed. stale_events: newest events that the histories lack.
+    Figures of the answers without the user's past go up to the cutoff for which every user has enough items left.
     """
 
     split: LeaveOneOut
@@ -44,6 +48,22 @@ class Lists:
             found += getattr(engine, task)(requests[begin : begin + max_batch]).items
             show(len(found), len(requests))
         return found
+
+    def ask_ranker(self, engine: Ranker, max_batch: int) -> list[Ints]:
+        """Return each user's candidates, the best by the first task first."""
+        candidates, found = self.candidates(), list[Ints]()
+        requests = [replace(r, candidates=its) for r, its in zip(self.requests, candidates, strict=True)]
+        for begin in range(0, len(requests), max_batch):
+            batch = requests[begin : begin + max_batch]
+            scores = engine.rank(batch).scores
+            found += [r.candidates[np.argsort(-s[:, 0], kind="stable")] for r, s in zip(batch, scores, strict=True)]
+        return found
+
+    def candidates(self) -> list[Ints]:
+        """Return the `k` most popular items outside each user's past, the most popular first."""
+        order = np.argsort(-self._counts, kind="stable")
+        pasts = self.split.pasts(self.users)
+        return [without([order[: self.k + len(past)]], [past])[0][: self.k] for past in pasts]
 
     def figures(self, answers: Sequence[Ints]) -> dict[str, Floats]:
         """Return hr10, ndcg10 and so on of each user, and the same with `NEW`."""
@@ -76,10 +96,9 @@ class Lists:
 
     def baselines(self) -> dict[str, dict[str, Estimate]]:
         """Return the figures of the most popular items, by the events of the training split."""
-        events, pasts = self.split.events, self.split.pasts(self.users)
-        counts = np.bincount(events.items[self.split.training], minlength=events.num_items)
-        place = np.empty(events.num_items, np.int64)
-        place[np.argsort(-counts, kind="stable")] = np.arange(events.num_items)
+        pasts = self.split.pasts(self.users)
+        place = np.empty(self.split.events.num_items, np.int64)
+        place[np.argsort(-self._counts, kind="stable")] = np.arange(len(place))
         ranks = place[self._targets]
         own = [np.unique(past) for past in pasts]
         fewer = [int((place[past] < rank).sum()) for past, rank in zip(own, ranks, strict=True)]
@@ -87,6 +106,12 @@ class Lists:
         left = np.where(gone, metrics.NOT_FOUND, ranks - np.array(fewer))
         figures = self._figures(ranks) | {f"{name}{NEW}": its for name, its in self._figures(left).items()}
         return {"popularity": metrics.means(figures, self.seed)}
+
+    @property
+    def _counts(self) -> Ints:
+        """Events of each item in the training split."""
+        events = self.split.events
+        return np.bincount(events.items[self.split.training], minlength=events.num_items)
 
     @property
     def _targets(self) -> Ints:

@@ -30,12 +30,16 @@ FIGURES = {  # those of a task, the headline first, and the name of each
     "generate": {"hr10": "HR@10", "ndcg10": "NDCG@10"},
     "recommend": {"hr10": "HR@10", "ndcg10": "NDCG@10"},
 }
+CANDIDATES = {"recommend": "retrieval.k", "rank": "workload.num_candidates"}  # of a task that ranks: the option
+POPULAR = {"hr10_popular": "HR@10", "ndcg10_popular": "NDCG@10"}  # of a ranker with fewer candidates
 LEAST = 0.0001  # of a figure that is shown
 NOT_ALONE = (
     "speeds are not compared where other processes were at work, a run took less than a second or products are emulated"
 )
 READING = (
     "HR@10, NDCG@10: each user's last item among the first ten of the answer; an answer of fewer items misses the rest",
+    "HR@10, NDCG@10 of a ranker: the same of its order of as many candidates as the row says, the most popular items "
+    "outside the user's past; fewer candidates leave out the less popular ones",
     "AUC, NE: means of the tasks, over the last requests that the training did not see; a lower NE is better",
     "change: from the base; of quality over the same resamples of the users, so its interval is that of pairs",
     "requests/s: offline; the interval is over repeats, or of the run's own batches, which says nothing of other runs",
@@ -54,14 +58,19 @@ class Axis:
     text: Callable[[RunRecord], str]
     place: Callable[[RunRecord], float] = lambda record: 0.0
 
+    def figures(self, task: str) -> dict[str, str]:
+        """Return the figures to compare: AUC is of the candidates, so it does not compare those with fewer."""
+        return POPULAR if task == "rank" and self.options(task, CANDIDATES[task]) else FIGURES[task]
 
-def _number(key: str, text: str = "{}") -> tuple[Callable[[RunRecord], str], Callable[[RunRecord], float]]:
-    """Return the text and the place of an option that is a number."""
+
+def _number(*keys: str) -> tuple[Callable[[RunRecord], str], Callable[[RunRecord], float]]:
+    """Return the text and the place of an option that is a number: the first of several that a record has."""
 
     def value(record: RunRecord) -> Any:
-        return options_of(record).get(key)
+        options = options_of(record)
+        return next((options[key] for key in keys if options.get(key) is not None), None)
 
-    return lambda record: text.format(shown(value(record))), lambda record: float(value(record) or 0)
+    return lambda record: shown(value(record)), lambda record: float(value(record) or 0)
 
 
 def _cache(record: RunRecord) -> str:
@@ -81,8 +90,8 @@ AXES = (
     Axis(
         "Candidates scored",
         "{} candidates",
-        lambda task, key: task == "recommend" and key == "retrieval.k",
-        *_number("retrieval.k"),
+        lambda task, key: key == CANDIDATES.get(task),
+        *_number(*CANDIDATES.values()),
     ),
     Axis(
         "Engine and precision",
@@ -149,7 +158,7 @@ class Tradeoff:
 
     @property
     def figures(self) -> dict[str, str]:
-        return {name: text for name, text in FIGURES[self.task].items() if name in self.base.drawn}
+        return {name: text for name, text in self.axis.figures(self.task).items() if name in self.base.drawn}
 
     @property
     def others(self) -> list[Point]:
@@ -306,7 +315,9 @@ def tradeoffs(rows: Sequence[Row]) -> list[Tradeoff]:
         its = sorted(star, key=lambda point: point.row.record.started_at)  # of equal ones the first is the base
         base = max(its, key=lambda point: sum(_axis(point, other) is not None for other in its))
         for axis in AXES:
-            if others := [point for point in its if _axis(base, point) is axis]:
+            name = next(iter(axis.figures(str(base.row.record.spec["task"]))))
+            both = [point for point in its if name in base.drawn and name in point.drawn]
+            if others := [point for point in both if _axis(base, point) is axis]:
                 ordered = sorted([base, *others], key=lambda point: axis.place(point.row.record))
                 found.append(Tradeoff(axis, base, ordered))
     return found
@@ -343,7 +354,8 @@ def _resamples(row: Row) -> dict[str, Floats]:
         table = load_columns(path)
     except ReportError:  # the page has a note on the file
         return {}
-    names = [name for name in FIGURES[row.record.spec["task"]] if name in table]
+    task = row.record.spec["task"]
+    names = [name for name in FIGURES[task] | (POPULAR if task == "rank" else {}) if name in table]
     return {name: table[name].to_numpy() for name in names if f"quality/{name}" in row.record.metrics}
 
 

@@ -207,6 +207,22 @@ def test_lists_with_and_without_the_past() -> None:
     assert popular["mrr5_new"].value == pytest.approx((1 + 1 / 5) / 4)
 
 
+def test_a_ranker_orders_the_most_popular_items_outside_the_past() -> None:
+    split = LeaveOneOut(events_of([1, 2, 3, 4], [7, 8, 9], [1, 2, 5, 6], [4, 5, 4]))
+    lists = Lists(split, split.users, max_history=8, k=3, seed=0)
+    # By the events to train on the order is 1 2 4 7 0 3 5 6 8 9.
+    expected = [[4, 7, 0], [1, 2, 4], [4, 7, 0], [1, 2, 7]]
+    assert [its.tolist() for its in lists.candidates()] == expected
+
+    def rank(requests: list[Request]) -> RankResult:
+        """The second candidate is the best one by the first task, and the others are equal."""
+        scores = [np.array([[0, 2], [1, 0], [0, 1]], np.float32) for _ in requests]
+        return RankResult(scores=scores, batch_ms=0, transfer_ms=0, compute_ms=0, tokens=0, padded_tokens=0)
+
+    answers = lists.ask_ranker(SimpleNamespace(rank=rank), 3)  # type: ignore[arg-type]
+    assert [its.tolist() for its in answers] == [[b, a, c] for a, b, c in expected]
+
+
 def test_the_seconds_of_answers_leave_out_what_fills_the_cache() -> None:
     events = events_of(*[list(range(20)) for _ in range(4)], items=20)
     workload = RecordedConfig("any", num_candidates=4)

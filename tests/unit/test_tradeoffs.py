@@ -169,6 +169,27 @@ def test_a_chart_has_intervals_on_both_axes(root: Path) -> None:
         )
 
 
+def test_a_ranker_with_fewer_candidates_is_compared_by_its_hit_rate(tmp_path: Path) -> None:
+    """AUC is of the candidates: of fewer ones it is another figure. A cell without the hit rate is on no axis."""
+    for number, (candidates, hits) in enumerate({32: 90, 16: 80, 8: 60, 4: 0}.items()):
+        cell(tmp_path, np.r_[np.ones(hits), np.zeros(USERS - hits)], 100.0)
+        path = tmp_path / str(number) / "record.json"
+        record = json.loads(path.read_text())
+        record["spec"] |= {"task": "rank", "retrieval": None}
+        record["spec"]["workload"]["num_candidates"] = candidates
+        record["metrics"] |= {"quality/auc": 0.5, "quality/hr10_popular": record["metrics"].pop("quality/hr10")}
+        path.write_text(json.dumps(record))
+        drawn = pd.read_parquet(path.with_name(RESAMPLES_FILE)).rename(columns={"hr10": "hr10_popular"})
+        drawn.assign(auc=0.5).drop(columns=[] if hits else ["hr10_popular"]).to_parquet(path.with_name(RESAMPLES_FILE))
+    [candidates] = found(tmp_path)
+    assert candidates.title == "Rank: candidates scored against speed" and list(candidates.figures) == ["hr10_popular"]
+    assert candidates.sentence.startswith("Against 32 candidates: ") and "of HR@10" in candidates.sentence
+    few, half = candidates.others
+    assert [candidates.change(point, "hr10_popular").value * USERS for point in (half, few)] == pytest.approx(
+        [-10, -30]
+    )
+
+
 def test_damaged_resamples_cost_their_point_and_are_named(root: Path, tmp_path: Path) -> None:
     study(tmp_path / "copy")
     (tmp_path / "copy" / "0" / RESAMPLES_FILE).write_bytes(b"none")
