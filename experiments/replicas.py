@@ -12,7 +12,7 @@ gate has a limit and a stream of its own (before: 586 to 625 requests/s, 55% of 
   event loop and the launching thread wait for each other, and the engine needs a process of its own.
 - of the second, both balances carry more than before with 20 GB (1018 and 848), and their p99 at 0.8 of it is below
   80 ms, since no batch waits for the reference any more. Users who stay have 80 to 85% hits, in turn 45 to 50%, and
-  1.5 to 1.9 times the rate: 1.91 is the ratio of the operations that are left (docs/SERVING.md).
+  1.5 to 1.9 times the rate: 1.91 is the ratio of the operations that are left (docs/SERVER_SPEED.md).
 - a killed replica is back after 18 to 21 s, as before; the parts of its start, in the row, say where they go.
 
 The program starts `grbench serve` with these overrides and `--replicas`, and calls it with the visits of the workload,
