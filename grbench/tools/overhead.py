@@ -13,11 +13,12 @@ since other processes can only add to it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +28,10 @@ from grbench.config.schema import ConfigError, RunSpec
 from grbench.execution.records import one_line
 from grbench.scenarios.config import OfflineConfig, ScenarioConfig
 from grengines.api import Engine, RankResult, Request, Tier, UnavailableError
+
+if TYPE_CHECKING:
+    from grbench.gate.form import Form
+    from grbench.workloads.trace import Trace
 
 OFFLINE = OfflineConfig(max_batch=32, queries=32 * 512)
 
@@ -99,22 +104,27 @@ def compare(spec: RunSpec, repeats: int) -> None:
     Raises ValueError for unusable data, UnavailableError or IncorrectError.
     """
     from grbench import workloads
+    from grbench.execution import engines
     from grbench.gate import gate_for
+
+    trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
+    with contextlib.closing(engines.build(spec, trace.catalogue)) as engine:
+        engine.prepare(trace.requests.some(engines.MOST_PREPARED), spec.scenario.max_batch)
+        gate = gate_for(spec, trace, None, engine.actual())
+        gate.check(engine, spec.scenario.max_batch)
+        _measure(spec, trace, engine, gate.form, repeats)
+
+
+def _measure(spec: RunSpec, trace: Trace, engine: Engine, form: Form, repeats: int) -> None:
     from grbench.gate.measured import MeasuredAnswers
     from grbench.scenarios import Measurement, run_scenario
     from grbench.scenarios.batcher import unwatched
-    from grengines import registry
 
-    trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
-    engine = registry.build(spec.engine, spec.model, spec.kernel, trace.catalogue, spec.seed)
-    engine.prepare(trace.requests, spec.scenario.max_batch)
-    ran = engine.actual()
-    gate = gate_for(spec, trace, None, ran)
-    gate.check(engine, spec.scenario.max_batch)
     null = NullEngine(len(spec.ranking_model.tasks))
 
     def run(scenario: ScenarioConfig, runs: Engine, seed: int, checks: bool = True) -> Measurement:
-        watch = MeasuredAnswers(gate.form, spec.gate.measured, spec.seed).watch if checks else unwatched
+        runs.reset_cache()
+        watch = MeasuredAnswers(form, spec.gate.measured, spec.seed).watch if checks else unwatched
         limit = spec.latency_limit_ms
         with tempfile.TemporaryDirectory() as folder:
             return run_scenario(

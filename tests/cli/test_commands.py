@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from helpers.command import Grbench
 
 from grbench.config.compose import compose_spec
 from grbench.execution.records import RunRecord, Status
-from grbench.tools import doctor, sizing
+from grbench.scenarios.config import OfflineConfig
+from grbench.tools import doctor, overhead, sizing
 from grbench.tools.sizing import flops, fp8_flops, kv_bytes, last_layer, parameters, ranking_attention, weight_bytes
 from grengines import registry as engines
-from grengines.api import Catalogue
+from grengines.api import Catalogue, Engine
 from grengines.last_layer import LastLayer
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.fp8 import use_fp8
@@ -285,6 +287,23 @@ def test_overhead_is_small_beside_the_engine(grbench_forked: Grbench) -> None:
     checks = re.search(r"checks: (-?[\d.]+) us an answer, between batches .*: ([\d.]+) us .* without", done.stdout)
     assert checks, done.stdout
     assert float(checks[1]) < float(checks[2])  # less than the rest of the harness
+
+
+def test_overhead_measures_the_engine_of_the_cell_and_closes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = engines.build
+    closed: list[str] = []
+
+    def watched(*parts: Any, **more: Any) -> Engine:
+        engine = build(*parts, **more)
+        cache, close = engine.actual()["cache"]["name"], engine.close
+        monkeypatch.setattr(engine, "close", lambda: closed.append(cache) or close())
+        return engine
+
+    monkeypatch.setattr(engines, "build", watched)
+    monkeypatch.setattr(overhead, "OFFLINE", OfflineConfig(max_batch=32, queries=64))
+    cell = ["workload=synthetic", "workload.max_requests=20", "scenario.queries=20", "gate.requests=2", "cache=lru"]
+    assert overhead.main([*cell, "--repeats", "1"]) == 0
+    assert closed == ["lru"]
 
 
 @pytest.mark.parametrize(
