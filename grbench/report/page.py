@@ -216,5 +216,5 @@ def _ran(key: str, ran: dict[str, Any]) -> str | None:
     group, _, name = key.rpartition(".")
     if group == "kernel":
         return ", ".join(sorted({str(v) for k, v in ran.items() if k.endswith(f"kernels.{name}")})) or None
-    found = ran.get(key, ran.get(name))
+    found = ran.get(key.removeprefix("engine."))  # of a stage it has the stage's name
     return None if found is None else shown(found)

@@ -148,6 +148,18 @@ def test_page_lists_a_failed_cell_with_its_reason(sweep: Path, tmp_path: Path) -
     }
 
 
+def test_page_says_what_each_stage_ran(tmp_path: Path) -> None:
+    stages = {"retrieve": {"precision": "bf16"}, "rank": {"precision": "fp32"}}
+    requested = {f"engine.{stage}.precision": "auto" for stage in stages}
+    actual = {"device": "cpu", "precision": "bf16/fp32", **stages}
+    write_cell(tmp_path / "outputs" / "0", requested=requested, actual=actual)
+    ran = rows_of(written(tmp_path / "outputs", tmp_path), "Requested and actual")
+    assert [(row["option"], row["actual"]) for row in ran] == [
+        ("engine.rank.precision", "fp32"),
+        ("engine.retrieve.precision", "bf16"),
+    ]
+
+
 def test_page_says_what_ran_where_and_how_to_repeat_it(sweep: Path, tmp_path: Path) -> None:
     page = written(sweep, tmp_path)
     assert rows_of(page, "Requested and actual") == [
