@@ -9,6 +9,7 @@ from typing import Any
 from grbench.execution.environment import machine_of
 from grbench.execution.records import RunRecord
 from grbench.report.cells import flatten, shown
+from grengines.pipeline.config import STAGES
 
 LOADS = {  # scenario: the option of its offered load, and the unit
     "server": ("target_qps", "requests/s"),
@@ -52,8 +53,15 @@ def offered_load(record: RunRecord) -> float | None:
 
 
 def emulated(record: RunRecord) -> bool:
-    """Return whether the products of a cell are emulated: then its speed is not that of its precision."""
-    return str(record.actual.get("fp8_products", "")).startswith("emulated")
+    """Return whether products of a cell, a stage of it or its server are emulated: its speed is not that of fp8."""
+    stages = [record.actual.get(stage) or {} for stage in STAGES]
+    parts = [record.actual, *stages, *_strategies_of(record)]
+    return any(str(part.get("fp8_products", "")).startswith("emulated") for part in parts)
+
+
+def _strategies_of(record: RunRecord) -> list[dict[str, Any]]:
+    """Return the strategies of the server that a cell measured; none of an engine of its own."""
+    return (record.actual.get("server") or {}).get("strategies") or []
 
 
 def options_of(record: RunRecord) -> dict[str, Any]:
@@ -108,6 +116,5 @@ def served_by(record: RunRecord) -> str:
         for key, value in flatten(record.spec).items()
         if key not in ("seed", "engine.url", "scenario.queries") and not key.startswith("engine.more_urls")
     }
-    strategies = (record.actual.get("server") or {}).get("strategies") or []
-    names = [(one.get("name"), one.get("engine"), one.get("precision")) for one in strategies]
+    names = [(one.get("name"), one.get("engine"), one.get("precision")) for one in _strategies_of(record)]
     return json.dumps([options, names], sort_keys=True, default=str)

@@ -139,6 +139,7 @@ def _strategy(strategy: Strategy) -> dict[str, Any]:
         "weights": "; ".join(dict.fromkeys(_absolute(its) for stage in stages if (its := stage.get("weights")))),
         "cache_precision": _of_stages(stages, "cache_precision"),
         "attention_precision": _of_stages(stages, "attention_precision"),
+        "fp8_products": _of_stages(stages, "fp8_products"),
         "device": actual.get("device", ""),
         "pending": strategy.pending,
         "batches": strategy.answered.batches,

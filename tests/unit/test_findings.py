@@ -289,17 +289,23 @@ def test_short_offline_runs_are_not_ranked() -> None:
 
 
 @pytest.mark.parametrize("scenario", ["offline", "server"])
-def test_emulated_products_are_not_ranked_by_speed(scenario: str) -> None:
+@pytest.mark.parametrize("stage", ["", "rank", "server"])  # of a pipeline, or of another process
+def test_emulated_products_are_not_ranked_by_speed(scenario: str, stage: str) -> None:
     """The fastest of three cells is one whose products a CPU emulates."""
+
+    def ran_on(device: str) -> dict[str, Any]:
+        products = {"fp8_products": fp8.runs_as(device)}
+        return {"": products, "rank": {"rank": products}, "server": {"server": {"strategies": [products]}}}[stage]
+
     precisions = {"fp32": 9.0, "bf16": 7.0, "fp8": 5.0}
     every = [cell(p99, scenario=scenario, rps=1000 / p99, engine=name) for name, p99 in precisions.items()]
-    every[2].actual = {"fp8_products": fp8.runs_as("cpu")}
+    every[2].actual = ran_on("cpu")
     why = " fp8 is not ranked by speed, because products in fp8 are emulated there, and their speed is not that of fp8."
     (found,) = findings(every)
     assert found.best == (every[1],) and found.sentence.endswith(why) and "fp8" not in found.sentence.removesuffix(why)
     assert [record.spec["engine"]["name"] for record in best_first(every)] == ["bf16", "fp32", "fp8"]
     assert findings(every[2:]) == [Finding((), why.strip())]
-    every[2].actual = {"fp8_products": fp8.runs_as("cuda")}
+    every[2].actual = ran_on("cuda")
     (found,) = findings(every)
     assert found.best == (every[2],) and best_first(every)[0] is every[2]
 

@@ -802,7 +802,12 @@ def test_a_status_has_the_overrides_of_the_workload(tmp_path: Path, name: str) -
 def test_the_load_of_a_pipeline_is_checked_by_the_coarsest_precision_of_its_stages() -> None:
     stages = {
         "retrieve": {"precision": "fp32"},
-        "rank": {"precision": "bf16", "cache_precision": "int8", "attention_precision": "fp8"},
+        "rank": {
+            "precision": "bf16",
+            "cache_precision": "int8",
+            "attention_precision": "fp8",
+            "fp8_products": "emulated",
+        },
     }
     named = SimpleNamespace(name="a")
     strategy: Any = SimpleNamespace(
@@ -820,6 +825,7 @@ def test_the_load_of_a_pipeline_is_checked_by_the_coarsest_precision_of_its_stag
     expected = {"precision": "bf16", "cache_precision": "int8", "attention_precision": "fp8"}
     actual = engine.actual()
     assert all(expected.items() <= its.items() for its in (actual, actual["retrieve"], actual["rank"]))
+    assert actual["server"]["strategies"][0]["fp8_products"] == "emulated"
 
 
 def test_a_status_names_files_that_can_be_found_from_any_folder(
