@@ -18,11 +18,11 @@ from grbench.execution.gpu import visible_gpus
 from grbench.execution.records import RunRecord
 from grbench.report.cells import Cell, shown
 from grbench.report.groups import Row
-from grbench.report.tradeoffs import FIGURES, Point, change, points
+from grbench.report.tradeoffs import CANDIDATES, FIGURES, POPULAR, Point, change, points
 from grbench.report.work import by_content, options_of
 from grengines import registry
 
-WINDOW, AGE = "workload.max_history", "workload.stale_events"
+WINDOW, AGE, SCORED = "workload.max_history", "workload.stale_events", CANDIDATES["rank"]
 # Options of engine and cache: a plan or an ONNX file may be of 8 bits, and another engine answers as `fallback`.
 DECIDING = ("name", "precision", "kv_cache_precision", "calibration", "plan", "onnx", "fallback")
 
@@ -67,8 +67,9 @@ def with_losses(
     """Return the steps with their losses, the 95% intervals of these, and the record that each is from.
 
     options: of each strategy, by its name (`options_of_spec`). folder: of the records. Of several records that match,
-    such as states of several ages, the one that loses most counts. Raises ConfigError for a step that no record
-    matches: one line with the record that is lacking and the command that makes it.
+    such as states of several ages, the one that loses most counts. A step that no record matches keeps the loss that
+    was typed. Raises ConfigError if it has none: one line with the record that is lacking and the command that makes
+    it.
     """
     rows = [Row(0, "", record, folder) for folder, record in cells if record.spec.get("task") == deployment.task]
     measured = [(point, _decisive(_that_ran(point.row.record))) for point in points(rows)]
@@ -93,18 +94,16 @@ def with_losses(
         try:
             steps.append(_with_loss(step, first, decisive, measured, make))
         except ConfigError as e:
-            raise ConfigError(f"degrade[{number}] ({step.name}): {e}") from None
+            if not step.loss or step.record:
+                raise ConfigError(f"degrade[{number}] ({step.name}): {e}") from None
+            steps.append(step)
     return steps
 
 
 def _with_loss(
     step: Step, first: str, decisive: Mapping[str, Options], measured: Measured, make: Callable[..., str]
 ) -> Step:
-    """Return a step with its loss: fewer candidates keep a typed one. Raises ConfigError if no record matches."""
-    if step.max_candidates and step.loss:
-        return step
-    if step.max_candidates:
-        raise ConfigError("no study measures answers without the last candidates; type the loss into the file")
+    """Return a step with its loss. Raises ConfigError if no record matches."""
     base = decisive[first]
     for name in dict.fromkeys((first, step.strategy or first)):
         if not any(key.endswith(".weights") for key in decisive[name]):
@@ -112,6 +111,8 @@ def _with_loss(
             raise ConfigError(
                 f"strategy {name} has random weights, which have no quality; add {option}=FILE to its overrides"
             )
+    name = next(iter(POPULAR if step.max_candidates else FIGURES[base["task"]]))
+    measured = [(point, its) for point, its in measured if name in point.drawn]
     bases = [point for point, its in measured if its == base]
     if not bases:
         raise ConfigError(f"no record has the options of strategy {first}{_nearest(base, measured)}{make(first)}")
@@ -119,18 +120,19 @@ def _with_loss(
         changed = [point for point, its in measured if AGE in its and base != its == base | {AGE: its[AGE]}]
         missing = f"no record has strategy {first} with {AGE} > 0{make(first, f'{AGE}={EVENTS}', like=bases)}"
     else:
-        wanted = decisive[step.strategy] if step.strategy else base | {WINDOW: shown(step.max_history)}
+        key, value = (SCORED, step.max_candidates) if step.max_candidates else (WINDOW, step.max_history)
+        wanted = decisive[step.strategy] if step.strategy else base | {key: shown(value)}
         changed = [point for point, its in measured if its == wanted]
-        if wanted == base or (step.max_history or 0) > int(base[WINDOW]):
+        if wanted == base or (value or 0) > int(base[key]):
+            sent = f" of a call with {SCORED}={base[SCORED]}, which is what clients send" if key == SCORED else ""
             raise ConfigError(
-                f"it changes no option of strategy {first} that decides answers, so no record measures a loss; leave "
-                "the step out, or type the loss into the file"
+                f"it changes no option of strategy {first} that decides answers{sent}, so no record measures a loss; "
+                "leave the step out, or type the loss into the file"
             )
-        what = f"strategy {step.strategy}" if step.strategy else f"strategy {first} with {WINDOW}={step.max_history}"
-        word = [] if step.strategy else [f"{WINDOW}={step.max_history}"]
+        what = f"strategy {step.strategy}" if step.strategy else f"strategy {first} with {key}={value}"
+        word = [] if step.strategy else [f"{key}={value}"]
         missing = f"no record has {what}{_nearest(wanted, measured)}{make(step.strategy or first, *word, like=bases)}"
-    name = next(iter(FIGURES[base["task"]]))
-    pairs = [(b, point) for b in bases for point in changed if _comparable(b, point, name)]
+    pairs = [(b, point) for b in bases for point in changed if _comparable(b, point)]
     if not pairs:
         raise ConfigError(missing)
     changes = [(change(b, point, name), point.row.folder) for b, point in pairs]
@@ -191,11 +193,12 @@ def _nearest(wanted: Options, measured: Measured) -> str:
     return f"; the nearest of them has {', '.join(least[:3])}{' and more' if len(least) > 3 else ''}"
 
 
-def _comparable(base: Point, point: Point, name: str) -> bool:
-    """Return whether both have resamples of a figure, of the same users and events."""
+def _comparable(base: Point, point: Point) -> bool:
+    """Return whether both are of the same users and events."""
 
     def users(record: RunRecord) -> list[Any]:
-        its = {k: v for k, v in options_of(record).items() if k.startswith("workload") and k not in (WINDOW, AGE)}
-        return [its, record.spec.get("seed"), record.spec["gate"]["quality_requests"]]
+        its = {k: v for k, v in options_of(record).items() if k.startswith("workload")}
+        same = {k: v for k, v in its.items() if k not in (WINDOW, AGE, SCORED)}
+        return [same, record.spec.get("seed"), record.spec["gate"]["quality_requests"]]
 
-    return name in base.drawn and name in point.drawn and users(base.row.record) == users(point.row.record)
+    return users(base.row.record) == users(point.row.record)

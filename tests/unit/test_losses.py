@@ -26,6 +26,7 @@ from grengines.onnxruntime import session
 
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "reports/quality"
+FEWER = ROOT / "reports/rank_candidates"
 WEIGHTS = ROOT / "experiments/weights/ml_100k"
 COMMON = ["engine=hstu", "engine.precision=fp32", "workload=ml_100k", "workload.max_history=50"]
 RETRIEVE = [
@@ -58,15 +59,15 @@ def rank(
     return deployment, {name: options_of_spec(spec) for name, spec in deployment.specs().items()}
 
 
-def on_the_page(section: str, row: str) -> list[float]:
-    """The change of the headline figure in a table of the page: [value, low, high]."""
-    text = (KEPT / "README.md").read_text().partition(f"## {section}")[2].partition("\n## ")[0]
+def on_the_page(section: str, row: str, kept: Path = KEPT) -> list[float]:
+    """The change of the headline figure in a table of a page: [value, low, high]."""
+    text = (kept / "README.md").read_text().partition(f"## {section}")[2].partition("\n## ")[0]
     cells = next(line for line in text.splitlines() if re.match(rf"\| [\d, ]+ \| {row} \|", line)).split(" | ")
     return [float(number) for number in re.findall(r"[-+]\d\.\d+", cells[3])]
 
 
-def assert_is(step: Step, figure: str, section: str, row: str) -> None:
-    value, low, high = on_the_page(section, row)
+def assert_is(step: Step, figure: str, section: str, row: str, kept: Path = KEPT) -> None:
+    value, low, high = on_the_page(section, row, kept)
     assert step.loss == {figure: pytest.approx(-value, abs=5.1e-5)}
     assert step.intervals == {figure: pytest.approx([-high, -low], abs=5.1e-5)}
 
@@ -98,7 +99,13 @@ def test_a_ranker_loses_auc(changes: dict[str, str]) -> None:
     "step, changes, words",
     [
         (Step("s", max_history=9), {}, "no record has strategy ranker with workload.max_history=9; the nearest"),
-        (Step("s", max_candidates=9), {}, "no study measures answers without the last candidates; type the loss"),
+        (Step("s", max_candidates=9), {}, "no record has strategy ranker with workload.num_candidates=9; the nearest"),
+        (
+            Step("s", max_candidates=32),
+            {},
+            "it changes no option of strategy ranker that decides answers of a call with workload.num_candidates=32, "
+            "which is what clients send, so no record measures a loss",
+        ),
         (
             Step("s", max_history=8),
             {"workload__visit_events": "8"},
@@ -140,7 +147,7 @@ def test_a_ranker_loses_auc(changes: dict[str, str]) -> None:
 )
 def test_a_step_without_a_record_is_refused(step: Step, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        with_losses(*rank(step, **changes), read_cells([KEPT]), KEPT)
+        with_losses(*rank(step, **changes), read_cells([KEPT, FEWER]), KEPT)
     message = str(refused.value)
     assert message.startswith(f"degrade[0] (s): {words}")
     assert "type the loss into the file" in message and "\n" not in message
@@ -318,14 +325,26 @@ def test_the_precision_of_a_record_is_that_which_ran() -> None:
     assert_is(short, "auc_loss", "Rank: history window against speed", "8")
 
 
-def test_fewer_candidates_keep_the_loss_that_was_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file, typed = tmp_path / "best.yaml", Step("half", max_candidates=16, loss={"auc_loss": 0.003})
+def test_fewer_candidates_lose_the_hit_rate_of_candidates_by_popularity() -> None:
+    """The loss of a step is from records of two numbers of candidates, and AUC is of others."""
+    steps = Step("half", max_candidates=16, loss={"auc_loss": 0.003}), Step("few", max_candidates=8)
+    half, few = with_losses(*rank(*steps), read_cells([KEPT, FEWER]), "reports")
+    for step, row in ((half, "16"), (few, "8")):
+        assert_is(step, "hr10_popular_loss", "Rank: candidates scored against speed", row, FEWER)
+        assert step.record is not None and f"rank_candidates_{row}_offline" in step.record
+
+
+@pytest.mark.parametrize("change", [{"max_candidates": 9}, {"max_history": 9}])
+def test_a_loss_that_was_typed_stays_where_no_record_has_it(
+    change: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed, file = Step("typed", loss={"auc_loss": 0.003}, **change), tmp_path / "best.yaml"  # type: ignore[arg-type]
     deployments.save(rank(typed, Step("short", max_history=8))[0], file)
     assert main([str(file), str(KEPT)]) == 0
     kept, short = deployments.load(file).degrade
     assert kept == typed
     assert_is(short, "auc_loss", "Rank: history window against speed", "8")
-    assert capsys.readouterr().out.startswith("half: auc_loss 0.0030, as typed\nshort: auc_loss ")
+    assert "typed: auc_loss 0.0030, as typed\n" in capsys.readouterr().out
 
 
 def test_a_loss_of_nothing_has_no_sign() -> None:
