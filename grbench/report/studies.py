@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from grbench.execution import results
-from grbench.execution.records import RECORD_FILE, RESAMPLES_FILE, SAMPLES_FILE, unreadable
+from grbench.execution.records import ARTIFACTS, RECORD_FILE, RESAMPLES_FILE, SAMPLES_FILE, unreadable
 from grbench.report.cells import Cell, labels
 from grbench.report.frame import ReportError, has_samples, read_cells
 from grbench.report.markdown import sections as written
@@ -128,9 +128,9 @@ def _read(root: Path) -> tuple[list[Cell], list[tuple[Path, dict[str, Any]]], Or
     """The cells and the results files (with their paths) under `root`, and the one origin of all of them."""
     if problems := unreadable([root]):
         raise ReportError(problems[0])
-    cells = read_cells([root]) if any(root.rglob(RECORD_FILE)) else []
+    cells = read_cells([root]) if _below(root, RECORD_FILE) else []
     try:
-        tables = [(path, results.load(path)) for path in sorted(root.rglob(results.RESULTS_FILE))]
+        tables = [(path, results.load(path)) for path in _below(root, results.RESULTS_FILE)]
     except ValueError as e:
         raise ReportError(str(e)) from None
     for path, data in tables:
@@ -143,6 +143,11 @@ def _read(root: Path) -> tuple[list[Cell], list[tuple[Path, dict[str, Any]]], Or
     if not environments:
         raise ReportError(f"{root}: no {RECORD_FILE} and no {results.RESULTS_FILE} below it")
     return cells, tables, check_origin(environments)
+
+
+def _below(root: Path, name: str) -> list[Path]:
+    """Return the files of a name under `root`, without MLflow's copies."""
+    return sorted(path for path in root.rglob(name) if ARTIFACTS not in path.relative_to(root).parts)
 
 
 def _definitions(folder: Path, cells: Sequence[Cell], tables: Sequence[tuple[Path, dict[str, Any]]]) -> list[str]:

@@ -15,7 +15,7 @@ from helpers.checkout import ROOT
 
 from grbench.cli import main
 from grbench.execution import results
-from grbench.execution.records import RECORD_FILE, RESAMPLES_FILE, SAMPLES_FILE
+from grbench.execution.records import ARTIFACTS, RECORD_FILE, RESAMPLES_FILE, SAMPLES_FILE
 from grbench.report import ReportError
 from grbench.report.results import results_sections
 from grbench.report.studies import PAGE, folders, keep, rebuild, stale, study_page
@@ -170,6 +170,8 @@ def test_records_are_kept_under_the_names_of_their_cells(report: Path, tmp_path:
         (runs / str(number) / SAMPLES_FILE).write_bytes(bytes(size))
         (runs / str(number) / "worker.log").write_text("a log\n")
     results.save(runs / "job", {**results.origin(["a", "command"]), **origin_of(report)}, [{"variant": "a"}])
+    shutil.copytree(runs / "job", runs / ARTIFACTS / "a run" / "artifacts")  # MLflow's copy
+    shutil.copytree(runs / "0", runs / ARTIFACTS / "another" / "artifacts")
     before = {str(path.relative_to(report)) for path in report.rglob("*") if path.is_file()}
     keep(runs, report)
     added = {str(path.relative_to(report)) for path in report.rglob("*") if path.is_file()} - before
