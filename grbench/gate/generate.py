@@ -154,13 +154,13 @@ class GenerateGate:
         """
         expected = self._find(requests)
         findings = [self._compare(e, r, *a) for e, r, a in zip(expected, requests, answers, strict=True)]
-        verdicts = [Verdict(f.error, self.tolerance, f.problem) for f in findings]
+        allowed = [self.tolerance] * len(findings)
         for i, finding in enumerate(findings):
             if self._exactly or finding.error <= self.tolerance:
                 continue
-            own = self._allowed(_largest(self._rounded([requests[i]])))
-            again = self._compare(expected[i], requests[i], *answers[i], tolerance=max(own, self.tolerance))
-            verdicts[i] = Verdict(again.error, max(own, self.tolerance), again.problem)
+            allowed[i] = max(self._allowed(_largest(self._rounded([requests[i]]))), self.tolerance)
+            findings[i] = self._compare(expected[i], requests[i], *answers[i], tolerance=allowed[i])
+        verdicts = [Verdict(f.error, tolerance, f.problem) for f, tolerance in zip(findings, allowed, strict=True)]
         if (problem := self._too_few(findings)) and all(v.problem is None for v in verdicts):
             worst = min(range(len(findings)), key=lambda i: findings[i].sure)
             verdicts[worst].problem = problem

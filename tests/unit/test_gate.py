@@ -173,3 +173,18 @@ def test_every_answer_is_judged_by_what_rounding_costs_it(monkeypatch: pytest.Mo
     verdicts = gate.judge_items(range(4), [(None, None)] * 4)
     assert [v.problem for v in verdicts] == ["wrong", None, None, "wrong"]
     assert [v.tolerance for v in verdicts] == [1.0, 1.0, 4.0, 1.0]
+
+
+def test_near_ties_of_an_answer_count_as_those_that_rounding_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share of all answers together counts them too."""
+
+    def compare(gate: GenerateGate, expected: int, i: int, *answer: object, tolerance: float = 1.0) -> _Finding:
+        return _Finding(None, 2.0, sure=1.0 if tolerance == 4.0 else 0.5)
+
+    monkeypatch.setattr(GenerateGate, "_find", lambda gate, requests: requests)
+    monkeypatch.setattr(GenerateGate, "_rounded", lambda gate, requests: np.float32([4.0]))
+    monkeypatch.setattr(GenerateGate, "_allowed", lambda gate, error: error)
+    monkeypatch.setattr(GenerateGate, "_compare", compare)
+    gate: Any = GenerateGate.__new__(GenerateGate)
+    gate._exactly, gate.tolerance = False, 1.0
+    assert [v.problem for v in gate.judge_items(range(2), [(None, None)] * 2)] == [None, None]
