@@ -21,10 +21,11 @@ from grengines.numerics import (
     require_contrast,
     require_plausible,
 )
+from grengines.runtime.device import DTYPES
 from grkernels.fp8 import Scaled
 from grkernels.rounding import rounded
 
-PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 Inputs = Mapping[str, Any]
 
 

@@ -27,10 +27,10 @@ from grbench.gate.kernel import KernelGate, KernelGateResult, TimedOutputs
 from grbench.kernelbench.config import Family, KernelBenchConfig, changes_of, composed, select
 from grbench.kernelbench.timing import Call, Ceilings, ceilings, fp8_ceilings, interleaved, median_ms
 from grengines.numerics import IncorrectError
+from grengines.runtime.device import DTYPES
 from grkernels import registry, tuning
 from grkernels.variant import Cost, KernelVariant
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The most work of a call on a CPU, about a second, unless a shape is named in full.
 CPU_LIMIT = Cost(flops=5 * 10**9, bytes=2 * 10**8)
 INPUT_SETS = 2  # used in turns, so that no variant finds its inputs in a cache
