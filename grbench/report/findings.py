@@ -30,6 +30,7 @@ from grbench.report.work import (
     EMULATED,
     LOADS,
     emulated,
+    has_speed,
     model_of,
     offered_load,
     scenario_of,
@@ -86,17 +87,12 @@ class Finding:
 
 def findings(records: Sequence[RunRecord]) -> list[Finding]:
     """Return one finding for each group of comparable OK cells that measured speed, in the order of the records."""
-    groups = comparable([record for record in records if record.ok and _has_speed(record)])
+    groups = comparable([record for record in records if has_speed(record)])
     found = [_finding(group) for group in groups]
     work = work_names([group[0] for group in groups])
     if len(set(work)) > 1:  # a reader must know which trace a sentence is about
         return [Finding(one.best, f"{name}: {one.sentence}") for one, name in zip(found, work, strict=True)]
     return found
-
-
-def _has_speed(record: RunRecord) -> bool:
-    """Return whether a cell has figures of speed that may be compared. LoadGen's accuracy mode has none."""
-    return bool(record.metrics.get("throughput_rps")) and record.spec["scenario"].get("mode") != "accuracy"
 
 
 def comparable(records: Sequence[RunRecord]) -> list[list[RunRecord]]:

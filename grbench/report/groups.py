@@ -11,7 +11,7 @@ from grbench.execution.records import RunRecord
 from grbench.report.cells import Cell, labels
 from grbench.report.findings import comparable, findings, limit_verdict, work_names
 from grbench.report.repeats import pooled, ranking_percentile
-from grbench.report.work import LIKE, emulated, model_of, offered_load, scenario_of, unit_of
+from grbench.report.work import LIKE, emulated, has_speed, model_of, offered_load, scenario_of, unit_of
 
 VERBS = {"rank": "Rank", "generate": "Retrieve", "recommend": "Retrieve and rank"}
 
@@ -36,8 +36,8 @@ class Group:
 
     @property
     def ok(self) -> list[Row]:
-        """The rows with figures."""
-        return [row for row in self.rows if row.record.ok and row.record.metrics.get("throughput_rps")]
+        """The rows with figures of speed."""
+        return [row for row in self.rows if has_speed(row.record)]
 
     @property
     def loads(self) -> list[float]:

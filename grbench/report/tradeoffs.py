@@ -23,7 +23,7 @@ from grbench.report.cells import MISSING, engine_name, figure, shown, with_inter
 from grbench.report.chart import Chart, Series
 from grbench.report.cost_charts import precision_of
 from grbench.report.groups import VERBS, Row
-from grbench.report.work import LOADS, emulated, offered_load, options_of, scenario_of, servers_of
+from grbench.report.work import LOADS, emulated, has_speed, offered_load, options_of, scenario_of, servers_of
 
 FIGURES = {  # those of a task, the headline first, and the name of each
     "rank": {"auc": "AUC", "ne": "NE"},
@@ -330,7 +330,7 @@ def _lower(title: str) -> str:
 
 def points(rows: Sequence[Row]) -> list[Point]:
     """Return the OK offline cells with quality and its resamples, each with the cells of its server."""
-    ok = [row for row in rows if row.record.ok and row.record.metrics.get("throughput_rps")]
+    ok = [row for row in rows if has_speed(row.record)]
     servers: dict[str, dict[float, Row]] = {}
     for row in ok:
         if (load := offered_load(row.record)) is not None and scenario_of(row.record) == "server":

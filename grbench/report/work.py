@@ -52,6 +52,12 @@ def offered_load(record: RunRecord) -> float | None:
     return float(value) if value is not None else None
 
 
+def has_speed(record: RunRecord) -> bool:
+    """Return whether a cell has figures of speed that may be compared. LoadGen's accuracy mode has none."""
+    is_accuracy = record.spec["scenario"].get("mode") == "accuracy"
+    return record.ok and bool(record.metrics.get("throughput_rps")) and not is_accuracy
+
+
 def emulated(record: RunRecord) -> bool:
     """Return whether products of a cell, a stage of it or its server are emulated: its speed is not that of fp8."""
     stages = [record.actual.get(stage) or {} for stage in STAGES]

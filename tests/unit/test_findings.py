@@ -64,6 +64,8 @@ def test_runs_in_loadgens_accuracy_mode_are_not_ranked() -> None:
         for record in engines:
             record.spec["scenario"]["mode"] = mode
         assert len(sentences(*engines)) == ranked
+        [group] = group_cells([(Path(), record) for record in engines])
+        assert (ranking(group) is not None) == ranked
 
 
 def test_a_trace_at_its_own_clock_is_not_at_a_load_of_0() -> None:
