@@ -120,12 +120,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def drop_prefix(source: Source, known: str) -> None:
     """Drop what wrappers (DDP and the like) put before every name, so that a name begins with `known`.
 
-    Raises ValueError if no name contains it.
+    Raises ValueError if no name contains it, or for a name that is there with and without the prefix.
     """
     name = next((n for n in source.tensors if known in n), None)
     if name is None:
         raise ValueError(f"{source.path}: tensor {known}... is missing; is it another layout? (--from)")
     prefix = name[: name.index(known)]
+    bare = (n.removeprefix(prefix) for n in source.tensors if prefix and n.startswith(prefix))
+    if twice := next((n for n in bare if n in source.tensors), None):
+        raise ValueError(f"{source.path}: tensors {twice} and {prefix}{twice}: save the state dict of one model alone")
     source.tensors = {n.removeprefix(prefix): t for n, t in source.tensors.items()}
 
 

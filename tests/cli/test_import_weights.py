@@ -285,6 +285,13 @@ def broken(change: Callable[[State], Any]) -> State:
     return state
 
 
+def add_averages(state: State) -> None:
+    """Put averages of the weights before them, as some trainings keep."""
+    own = dict(state)
+    state.clear()
+    state.update({f"ema.{name}": tensor + 1 for name, tensor in own.items()} | own)
+
+
 LAST = "_hstu._attention_layers.1."
 FAULTS: dict[str, tuple[Callable[[State], Any], str]] = {
     "missing": (lambda s: s.pop(LAST + "_o.bias"), f"tensor {LAST}_o.bias is missing"),
@@ -292,6 +299,7 @@ FAULTS: dict[str, tuple[Callable[[State], Any], str]] = {
     "shape": (lambda s: s.update({LAST + "_o.bias": torch.ones(3)}), f"tensor {LAST}_o.bias is [3], expected [8]"),
     "nan": (lambda s: s[LAST + "_o.bias"].fill_(torch.nan), f"tensor {LAST}_o.bias has NaN or infinity"),
     "concat": (lambda s: s.update({LAST + "_o.weight": torch.ones(E, 24)}), "concat_ua=True, which grbench lacks"),
+    "averages": (add_averages, "save the state dict of one model alone"),
     "number": (lambda s: s.update({LAST + "_o.bias": 3}), f"{LAST}_o.bias is a int, not a tensor"),  # type: ignore[dict-item]
 }
 
