@@ -5,8 +5,6 @@ Every function takes the rows of one group and returns a chart, or None where th
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from grbench.execution.energy import METRIC as JOULES
 from grbench.execution.records import PARTS, RunRecord
 from grbench.report.cells import figure
@@ -24,7 +22,7 @@ from grbench.report.chart import (
     short,
     with_samples,
 )
-from grbench.report.frame import load_samples
+from grbench.report.frame import mean_parts
 from grbench.report.groups import Group
 from grbench.report.work import scenario_of
 
@@ -57,13 +55,6 @@ def time_shares(group: Group) -> Chart | None:
         ends=[f"{figure(mean['latency_ms'])} ms" for mean in parts],
         notes=left_out(len(sampled), len(rows), "cells", "the best"),
     )
-
-
-def mean_parts(folder: Path) -> dict[str, float]:
-    """Return the mean milliseconds of each part of a cell's latency. `other_ms` is time between the timed steps."""
-    means = load_samples(folder)[[*PARTS, "latency_ms"]].mean()
-    parts = {str(name): float(value) for name, value in means.items()}
-    return {**parts, "other_ms": max(parts["latency_ms"] - sum(parts[part] for part in PARTS), 0.0)}
 
 
 def stages(group: Group) -> Chart | None:

@@ -189,13 +189,20 @@ def time_parts(frame: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     ok, notes = frame[frame["status"] == records.Status.OK], []
-    parts = pd.DataFrame(index=pd.Index(ok["cell"], name="cell"), columns=[*PARTS, "latency_ms"], dtype=float)
+    columns = [*PARTS, "other_ms", "latency_ms"]
+    parts = pd.DataFrame(index=pd.Index(ok["cell"], name="cell"), columns=columns, dtype=float)
     for place, folder in enumerate(ok["folder"]):
         try:
-            parts.iloc[place] = load_samples(folder)[[*PARTS, "latency_ms"]].mean()
+            parts.iloc[place] = pd.Series(mean_parts(folder))
         except ReportError as e:
             notes.append(str(e))
             warnings.warn(str(e), stacklevel=2)
-    parts.insert(len(PARTS), "other_ms", (parts["latency_ms"] - parts[PARTS].sum(axis=1)).clip(lower=0))
     parts.attrs["notes"] = notes
     return parts
+
+
+def mean_parts(folder: Path) -> dict[str, float]:
+    """Return the mean milliseconds of each part of a cell's latency. `other_ms` is time between the timed steps."""
+    means = load_samples(folder)[[*PARTS, "latency_ms"]].mean()
+    parts = {str(name): float(value) for name, value in means.items()}
+    return {**parts, "other_ms": max(parts["latency_ms"] - sum(parts[part] for part in PARTS), 0.0)}
