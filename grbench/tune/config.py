@@ -34,6 +34,11 @@ OWN = {  # options that the search sets, each with what a user may give instead;
     "scenario.expected_qps": "",
 }
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+# Options of how cells run and of what is asked, which are no part of a strategy.
+ONE_VALUE = re.compile(
+    r"(task|scenario|seed|latency_limit_ms|warmup_batches|rerun|rerun_failed|skip_invalid)$"
+    r"|(runner|slurm|tracking|gate|hydra)([.@/]|$)"
+)
 
 
 @dataclass
@@ -135,6 +140,9 @@ def declare(words: Sequence[str], config_dir: str | None = None) -> Declared:
     for word in rest:
         limits.refuse_misspelt(word, [*names, *(f.name for f in fields(RunConfig)), "study"])
     axes, fixed = axes_of(rest, config_dir)
+    for _, key, value in pairs:
+        if (key in axes and ONE_VALUE.match(key)) or (key in names and re.match(r"[^{[]*,", value)):
+            raise ConfigError(f"{key}={value}: a search has one value of it; give one")
     typed = {**{word.lstrip("+").partition("=")[0]: word.partition("=")[2] for word in fixed}}
     scenario = typed.get("scenario", "server")
     if scenario not in RATES:
@@ -232,7 +240,7 @@ def _goal(config: TuneConfig, asked: tuple[Limit, ...], typed: dict[str, str]) -
             f"{floor.bound / config.rate - 1:.0%}, or lower the limit"
         )
     if not any(limit.metric.startswith("latency_ms/") for limit in asked) and config.objective != "latency":
-        bound = float(typed.get("latency_limit_ms", 80.0))
+        bound = limits.parse("latency_limit_ms", typed.get("latency_limit_ms", "80")).bound
         asked = (*asked, Limit("latency_ms/p99", bound))
     weights = [typed.get(f"{group}.weights", "null") for group in ("model", "retrieval")]
     if any(limit.metric.startswith("quality/") for limit in asked) and set(weights) == {"null"}:

@@ -165,11 +165,15 @@ def parse(key: str, value: str) -> Limit:
     group, _, rest = metric.partition(".")
     if group in GROUPS and rest:
         metric = f"{group}/{rest}"
-    if percentile := PERCENTILE.match(metric):
-        known = [f"{p:g}" for p in (PERCENTILES if percentile[1].endswith("latency_ms") else PART_PERCENTILES)]
-        if percentile[2] not in known:
-            allowed = ", ".join(f"{key.removesuffix(percentile[2])}{p}" for p in known)
-            raise ConfigError(f"{key}={value}: records have no such percentile; allowed: {allowed}")
+    head, _, name = metric.partition("/")
+    if head in LATENCIES or PERCENTILE.match(metric):
+        known = [f"p{p:g}" for p in (PERCENTILES if head.endswith("latency_ms") else PART_PERCENTILES)]
+        known += ["mean"] if head == "latency_ms" else []
+        if name not in known:
+            allowed = ", ".join(f"{key.removesuffix(name)}{its}" for its in known)
+            raise ConfigError(f"{key}={value}: records have no such figure; allowed: {allowed}")
+    if not metric or metric.endswith("."):
+        raise ConfigError(f"{key}={value}: name the figure too, such as latency_ms.p99")
     text = value.strip()
     try:
         bound = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
@@ -179,7 +183,7 @@ def parse(key: str, value: str) -> Limit:
         raise ConfigError(f"{key}={value}: a limit is a finite number or a share such as 0.1%")
     if bound > 1 and (SHARE.match(metric) or metric.endswith("hit_rate")):
         raise ConfigError(f"{key}={value}: it is a share of at most 1; allowed are such as 0.7, or 0.1% for a loss")
-    if bound < 0 or ((bound == 0 and metric.endswith(("_ms", "_mib", "_rps"))) or (percentile and bound <= 0)):
+    if bound < 0 or (bound == 0 and (head.endswith("_ms") or metric.endswith(("_mib", "_rps")))):
         raise ConfigError(f"{key}={value}: nothing keeps it; allowed is a number above 0")
     return Limit(metric, bound)
 

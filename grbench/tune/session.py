@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import math
 import os
 import shlex
 import sys
@@ -32,6 +33,7 @@ from grbench.tune.knowledge import Knowledge
 from grbench.tune.limits import Verdict
 from grbench.tune.live import LiveEvaluator
 from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe, Wanted
+from grbench.tune.probes import FEWEST
 from grbench.tune.search import Search
 from grbench.tune.space import Space
 from grbench.tune.surrogate import Surrogate
@@ -174,8 +176,12 @@ class TuneSession:
         if budget.cells is not None:
             few = f"no record answers, and a first answer takes about {answer.FIRST_ANSWER} cells"
             return f"budget={budget.cells}cells: {few}; nearest: budget=20cells"
-        cell_s = self._evaluator.cell_s + self._declared.goal.probe_s
-        return f"budget={budget.seconds:g}s: too small for one cell of about {cell_s:.0f} s; nearest: budget=5min"
+        goal = self._declared.goal
+        cell_s = self._evaluator.cell_s + max(goal.probe_s, FEWEST / goal.rate if goal.rate else 0.0)
+        minutes = max(math.ceil(answer.FIRST_ANSWER * cell_s / 60), 5)
+        return (
+            f"budget={budget.seconds:g}s: too small for one cell of about {cell_s:.0f} s; nearest: budget={minutes}min"
+        )
 
     def _announce(self) -> None:
         space, goal = self._space, self._declared.goal

@@ -32,9 +32,17 @@ TINY = (
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["latency_ms.p98=3"], "records have no such percentile; allowed: latency_ms.p50"),
-        (["latency_ms.p9.9.9=3"], "records have no such percentile; allowed: latency_ms.p50"),
-        (["queue_ms.p99=3"], "records have no such percentile; allowed: queue_ms.p50, queue_ms.p90"),
+        *(
+            ([f"latency_ms.{name}=3"], "=3: records have no such figure; allowed: latency_ms.p50, latency_ms.p90, ")
+            for name in ("p98", "p9.9.9", "median")
+        ),
+        (["queue_ms.p99=3"], "queue_ms.p99=3: records have no such figure; allowed: queue_ms.p50, queue_ms.p90"),
+        *(([f"{key}=3"], f"{key}=3: name the figure too") for key in ("latency_ms.", "quality.", "limits.")),
+        (["latency_limit_ms=fast"], "latency_limit_ms=fast: a limit is a number or a share such as 0.1%"),
+        *(
+            (["engine=hstu", word], f"{word}: a search has one value of it; give one")
+            for word in ("seed=1,2", "latency_limit_ms=20,40", "runner.timeout_s=5,60", "budget=1min,2min")
+        ),
         (["latency_ms.p99=fast"], "latency_ms.p99=fast: a limit is a number or a share such as 0.1%"),
         (["latency_ms.p99=0"], "latency_ms.p99=0: nothing keeps it"),
         (["limits.cache/hit_rate=2"], "limits.cache/hit_rate=2: it is a share of at most 1; allowed are such as 0.7"),
@@ -298,14 +306,18 @@ def test_a_limit_that_nobody_keeps_is_one_line_with_the_nearest_point(
 
 @pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize(
-    "budget, message",
+    "words, message",
     [
         ("budget=1s", "budget=1s: too small for one cell of about 13 s; nearest: budget=5min"),
+        (
+            "budget=60s objective=latency rate=1",
+            "budget=60s: too small for one cell of about 1012 s; nearest: budget=135min",
+        ),
         ("budget=0cells", "budget=0cells: no record answers, and a first answer takes about 8 cells"),
     ],
 )
-def test_a_budget_without_room_for_a_cell_is_one_line(grbench_here: Grbench, budget: str, message: str) -> None:
-    done = grbench_here("tune", *SEARCH, budget)
+def test_a_budget_without_room_for_a_cell_is_one_line(grbench_here: Grbench, words: str, message: str) -> None:
+    done = grbench_here("tune", *SEARCH, *words.split())
     assert done.returncode == 1 and message in done.stderr.splitlines()[-1]
 
 
