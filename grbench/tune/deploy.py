@@ -66,7 +66,7 @@ def _whole(words: list[str], declared: Declared) -> list[str]:
     engines = {f"engine.{stage}": getattr(spec.engine, stage) for stage in stages} or {"engine": spec.engine}
     groups = choices(composed, declared.config_dir)
     effective = {
-        **{key: name for key, name in groups.items() if key.partition("@")[0] in GROUPS},
+        **{key: name for group in GROUPS for key, name in groups.items() if key.partition("@")[0] == group},
         **{f"{key}.precision": engine.precision for key, engine in engines.items() if hasattr(engine, "precision")},
         **{f"scenario.{name}": shown(getattr(spec.scenario, name)) for name in BATCHING},
     }
