@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from grbench.execution import energy
+from grbench.execution.measure import FEWER_RETURNS
 from grbench.tune import rates
 from grbench.tune.certification import Certificate
 from grbench.tune.knowledge import ENDED_EARLY, Knowledge
@@ -243,7 +244,7 @@ def returns(knowledge: Knowledge) -> str:
     ends = dict.fromkeys(f"{end(metrics[share] for metrics in found):.0%}" for end in (min, max))
     words = f"Of the requests of a probe with a cache {' to '.join(ends)} are by users who had come before in it, "
     words += f"and of the whole trace {found[0][whole]:.0%}."
-    few = min(metrics[share] for metrics in found) < found[0][whole]
+    few = min(metrics[share] for metrics in found) < found[0][whole] - FEWER_RETURNS
     return words + " A probe with fewer has fewer hits than a long run, and undervalues caches." * few
 
 

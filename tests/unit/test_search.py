@@ -1364,6 +1364,9 @@ def test_a_page_says_that_short_probes_have_few_returning_users() -> None:
     whole = {"workload/returning_share": 0.6, "throughput_rps": 100.0}
     search.note(search.begin(ALL[0]), Probe(None, 512), Outcome("OK", whole))
     assert answer.returns(search) == ""  # no cache
+    search.note(search.begin(ALL[2]), Probe(None, 512), Outcome("OK", whole | {"cache/returning_share": 0.55}))
+    assert answer.returns(search).endswith("and of the whole trace 60%.")
+    search.trials.clear()
     trial = search.begin(ALL[1])
     search.note(trial, Probe(None, 512), Outcome("OK", whole | {"cache/returning_share": 0.12}))
     assert "with a cache 12% are by users who had come before in it, and of the whole trace 60%." in answer.returns(
