@@ -175,14 +175,16 @@ def front_chart(knowledge: Knowledge, found: Answer | None = None) -> Chart | No
         [trial.configuration.name for trial, _, _ in kept],
         0,
     )
-    series = [points, Series("Pareto front", [x for x, _ in line], [y for _, y in line], colour=1, mode="line")]
+    series = [points]
+    if len(line) > 1:
+        series.append(Series("Pareto front", [x for x, _ in line], [y for _, y in line], colour=1, mode="line"))
     if found is not None and "latency_ms/p99" in found.outcome.metrics:
         how = "certified" if found.certified else "not certified"
         place = ([found.rate], [found.outcome.metrics["latency_ms/p99"]])
         both = ([ends(found.outcome, 0)], [ends(found.outcome, 1)])
         name = found.trial.configuration.name
-        series.append(Series(f"the answer, {how}", *place, *both, hover=[name], colour=2))
-    bounds = [("y", x.bound, str(x)) for x in knowledge.goal.limits if x.metric == "latency_ms/p99"]
+        series.append(Series(f"answer, {how}", *place, *both, hover=[name], colour=2))
+    bounds = [("y", x.bound, f"limit {x.bound:g} ms") for x in knowledge.goal.limits if x.metric == "latency_ms/p99"]
     return Chart("pareto", "Rate and p99 within the limits", "requests/s answered", "p99, ms", series, limits=bounds)
 
 

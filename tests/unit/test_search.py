@@ -1384,5 +1384,16 @@ def test_a_configuration_has_one_number_in_all_tables_and_figures() -> None:
     assert {row[1]: row[0] for row in page.front_table(search).rows}.items() <= numbers.items()
     chart = page.front_chart(search)
     assert chart is not None
+    assert [series.name for series in chart.series] == ["configurations", "Pareto front"]
+    assert chart.limits == [("y", 80.0, "limit 80 ms")]
     points = chart.series[0]
     assert dict(zip(points.hover, points.texts, strict=True)).items() <= numbers.items() and points.hover
+
+
+def test_a_chart_of_one_configuration_has_no_front() -> None:
+    evaluator = Capacities({ALL[0]: 100.0})
+    search = Knowledge(Goal("throughput", (P99,)), BATCHING)
+    Search(search, ALL[:1], evaluator, Listed(ALL[:1])).run()
+    chart = page.front_chart(search, answer.answer(search, None))
+    assert chart is not None
+    assert [series.name for series in chart.series] == ["configurations", "answer, not certified"]
