@@ -193,7 +193,7 @@ def time_parts(frame: pd.DataFrame) -> pd.DataFrame:
     parts = pd.DataFrame(index=pd.Index(ok["cell"], name="cell"), columns=columns, dtype=float)
     for place, folder in enumerate(ok["folder"]):
         try:
-            parts.iloc[place] = pd.Series(mean_parts(folder))
+            parts.iloc[place] = pd.Series(mean_parts(folder))[columns]
         except ReportError as e:
             notes.append(str(e))
             warnings.warn(str(e), stacklevel=2)
