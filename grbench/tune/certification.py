@@ -262,10 +262,11 @@ class Candidate:
 
     @property
     def _lowest(self) -> int:
-        """The lowest step to try instead: the same if the rate is given, or if nothing was measured offline."""
-        if self._goal.rate is not None or self.trial.top is None:
+        """The lowest step to try instead: the same if the rate is given."""
+        if self._goal.rate is not None:
             return self.step
-        return min(self.trial.top - BOTTOM + 1, self.step)
+        top = self._best if self.trial.top is None else self.trial.top  # earlier runs may be known at rates only
+        return min(top - BOTTOM + 1, self.step)
 
     def _proven(self, most: int, least: int) -> int:
         """Return the highest step that runs of earlier searches prove, from `most` to `least`; else `least`."""

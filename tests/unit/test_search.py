@@ -663,6 +663,15 @@ def test_a_budget_without_room_for_the_usual_margin_certifies_with_the_requests_
     assert evaluator.left() >= 0
 
 
+def test_a_configuration_that_is_known_at_rates_only_is_certified_at_a_lower_one() -> None:
+    evaluator = Capacities({ALL[0]: 100.0}, worse={101: 0.95})
+    search, step = Knowledge(Goal("throughput", (P99,)), BATCHING), rates.step_below(100.0)
+    probe = Probe(rates.rate_of(step), 1000)
+    search.note(search.begin(ALL[0]), probe, evaluator.outcome(ALL[0], probe))
+    certificate = certify(search, evaluator)
+    assert certificate is not None and certificate.step == step - STEPS
+
+
 def test_certification_takes_the_next_best_if_the_best_fails() -> None:
     evaluator = Capacities(CAPACITY)
     search = searched(evaluator)
