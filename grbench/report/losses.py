@@ -123,11 +123,15 @@ def _with_loss(
         key, value = (SCORED, step.max_candidates) if step.max_candidates else (WINDOW, step.max_history)
         wanted = decisive[step.strategy] if step.strategy else base | {key: shown(value)}
         changed = [point for point, its in measured if its == wanted]
-        if wanted == base or (value or 0) > int(base[key]):
-            sent = f" of a call with {SCORED}={base[SCORED]}, which is what clients send" if key == SCORED else ""
+        if step.max_candidates and step.max_candidates >= int(base[key]):
             raise ConfigError(
-                f"it changes no option of strategy {first} that decides answers{sent}, so no record measures a loss; "
-                "leave the step out, or type the loss into the file"
+                f"it leaves out none of the candidates of strategy {first}, which has {key}={base[key]}; set that to "
+                "the candidates that clients send, leave the step out, or type the loss into the file"
+            )
+        if wanted == base or (value or 0) > int(base[key]):
+            raise ConfigError(
+                f"it changes no option of strategy {first} that decides answers, so no record measures a loss; leave "
+                "the step out, or type the loss into the file"
             )
         what = f"strategy {step.strategy}" if step.strategy else f"strategy {first} with {key}={value}"
         word = [] if step.strategy else [f"{key}={value}"]

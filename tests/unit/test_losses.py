@@ -103,8 +103,7 @@ def test_a_ranker_loses_auc(changes: dict[str, str]) -> None:
         (
             Step("s", max_candidates=32),
             {},
-            "it changes no option of strategy ranker that decides answers of a call with workload.num_candidates=32, "
-            "which is what clients send, so no record measures a loss",
+            "it leaves out none of the candidates of strategy ranker, which has workload.num_candidates=32; set that",
         ),
         (
             Step("s", max_history=8),
