@@ -2,7 +2,8 @@
 
 A choice goes by what a strategy's batches cost (`costs`), what waits before the request on the same device, and the
 request's deadline. The cheapest strategy that can meet the deadline answers. If none can, the steps of the deployment
-are tried in their order, and then the request is refused with the time after which it may come again.
+are tried in their order, and then the request is refused with the time after which it may come again. Such a refusal
+means that the answers before it were too dear, so the next requests begin with a step (`Overload`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from grengines.api import Request
 EXPLORE = 64  # one request of this number goes to the second choice, so that its costs stay known
 MARGIN = 1.1  # on predictions
 WATCH_S = 0.1  # between two looks for batches that take too long
+RISE_S = 0.1  # in which a further step takes effect
+CALM_S = 1.0  # without a refusal, after which requests begin one step earlier
 FRESH_S = 1.0  # an idle strategy whose costs are older answers a request that seems too late, which measures them anew
 
 
@@ -59,6 +62,31 @@ class Queued:
     future: asyncio.Future[Done]
 
 
+class Overload:
+    """The step that requests begin with: a later one while requests are refused, and an earlier one when none is.
+
+    Else the requests that come first fill the queue with whole answers, and those behind them are refused.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._steps, self._level = steps, 0
+        self._risen = self._refused = -math.inf  # time.perf_counter
+
+    def refused(self) -> None:
+        """Note that a request was refused for what waits before it."""
+        now = time.perf_counter()
+        self._refused = now
+        if self._level < self._steps and now - self._risen >= RISE_S:
+            self._level, self._risen = self._level + 1, now
+
+    def level(self) -> int:
+        """Return the number of the step to begin with, from 1; 0: the whole request."""
+        now = time.perf_counter()
+        if self._level and (calm := int((now - self._refused) / CALM_S)):
+            self._level, self._refused = max(self._level - calm, 0), now
+        return self._level
+
+
 class Controller:
     """The strategies of one deployment. Runs on the event loop."""
 
@@ -70,6 +98,7 @@ class Controller:
         steps = {step.strategy for step in deployment.degrade}
         self._usual = [s for s in self.strategies if s.name not in steps] or self.strategies
         self._asked = 0
+        self._overload = Overload(len(deployment.degrade))
 
     @property
     def ready(self) -> bool:
@@ -96,6 +125,7 @@ class Controller:
         """
         if self.pending >= self._max_queue:
             self._metrics.shed.labels("queue").inc()
+            self._overload.refused()
             raise RefusedError(429, f"{self._max_queue} requests wait already (serve.max_queue)", self._clears_s())
         choice = self._choose(request, deadline)
         return Queued(request, deadline, came, choice, self._submit(choice, deadline, came))
@@ -111,6 +141,7 @@ class Controller:
                 break
             except FailedError as e:
                 if e.reason == "late":
+                    self._overload.refused()
                     raise self._too_late(f"deadline: {e}", self._clears_s()) from None
                 tried.add(choice.strategy)
                 failed.append(f"{choice.strategy.name}: {e.reason}")
@@ -188,18 +219,20 @@ class Controller:
         if not able:
             raise self._nothing_serves(request)
         left = deadline - time.perf_counter()
+        if (level := self._overload.level()) and (choice := self._cheaper(level - 1, able, request, left)):
+            return choice
         predicted = {s: self.predicted_s(s, request) for s in able}
         in_time = [s for s in able if predicted[s] <= left]
         if len(in_time) > 1:
             in_time.sort(key=lambda s: s.costs.batch_s([s.kind_of(request)]))
         if in_time:
             return self._among(in_time, len(able), request)
-        for step in self.deployment.degrade:
-            for strategy, cheaper in self._degraded(step, able, request):
-                if self.predicted_s(strategy, cheaper) <= left:
-                    return _Choice(strategy, cheaper, "degraded", step)
+        if choice := self._cheaper(0, able, request, left):
+            return choice
         if stale := [s for s in able if not s.pending and time.perf_counter() - s.measured > FRESH_S]:
             return _Choice(stale[0], request, "measure")
+        if any(predicted[s] - MARGIN * self.backlog_s(s.checked.device) <= left for s in able):
+            self._overload.refused()
         soonest = min(predicted.values())
         raise self._too_late(
             f"deadline: the answer would take {soonest * 1e3:.1f} ms and {max(left, 0.0) * 1e3:.1f} ms are left",
@@ -213,6 +246,14 @@ class Controller:
             return _Choice(in_time[1], request, "explore")
         reason = "only" if able == 1 else "cheapest" if len(in_time) == able else "deadline"
         return _Choice(in_time[0], request, reason)
+
+    def _cheaper(self, first: int, able: Sequence[Strategy], request: Request, left_s: float) -> _Choice | None:
+        """Return the first step, from number `first` on, that meets the deadline; None if none does."""
+        for step in self.deployment.degrade[first:]:
+            for strategy, cheaper in self._degraded(step, able, request):
+                if self.predicted_s(strategy, cheaper) <= left_s:
+                    return _Choice(strategy, cheaper, "degraded", step)
+        return None
 
     def _degraded(self, step: Step, able: Sequence[Strategy], request: Request) -> Iterator[tuple[Strategy, Request]]:
         """Yield the strategies of a step, each with the request as it would answer it."""

@@ -18,6 +18,7 @@ import pytest
 from grbench.deployment import Deployment, Serves, Step
 from grbench.gate.form import Form
 from grbench.serve import batches, checked, recovery
+from grbench.serve import controller as controllers
 from grbench.serve import service as services
 from grbench.serve import strategy as strategies
 from grbench.serve.controller import Controller
@@ -576,6 +577,39 @@ def test_the_first_step_that_helps_is_taken() -> None:
         with pytest.raises(RefusedError, match="deadline: the answer would take"):
             await both.answer(many, time.perf_counter() + 0.05)
         assert list(both._degraded(steps[0], [one], many)) == []
+        await one.close(1.0)
+
+    run(work)
+
+
+def test_refusals_make_the_next_requests_begin_with_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are whole again once there has been no refusal for a while. A deadline that no server meets does not count."""
+    monkeypatch.setattr(controllers, "RISE_S", 0.0)
+    many = dataclasses.replace(request(), candidates=np.full(16, GOOD))
+
+    async def work() -> None:
+        one = made(Engine())
+        one.costs, one.measured = Costs(0.0, {Kind(1, 5): 0.1, Kind(1, 4): 0.05, Kind(1, 3): 0.02}), math.inf
+        both = controller(one, steps=[Step("half", max_candidates=8), Step("quarter", max_candidates=4)])
+
+        async def refused(left_s: float) -> None:
+            with pytest.raises(RefusedError, match="deadline: the answer would take"):
+                await both.answer(many, time.perf_counter() + left_s)
+
+        async def taken(asked: Request = many) -> str:
+            one.waiting_s = 0.0
+            return (await both.answer(asked, time.perf_counter() + 1.0)).degraded
+
+        await refused(0.005)
+        assert await taken() == ""
+        for step in ("half", "quarter", "quarter"):
+            one.waiting_s = 10.0
+            await refused(1.0)
+            assert await taken() == step
+            assert await taken(request()) == ""  # one candidate: no step makes it cheaper
+        monkeypatch.setattr(controllers, "CALM_S", 0.0001)
+        await asyncio.sleep(0.01)
+        assert await taken() == ""
         await one.close(1.0)
 
     run(work)
