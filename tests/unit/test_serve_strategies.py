@@ -583,7 +583,7 @@ def test_the_first_step_that_helps_is_taken() -> None:
 
 
 def test_refusals_make_the_next_requests_begin_with_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are whole again once there has been no refusal for a while. A deadline that no server meets does not count."""
+    """They are whole again after a while without refusals. A deadline that no server meets does not count."""
     monkeypatch.setattr(controllers, "RISE_S", 0.0)
     many = dataclasses.replace(request(), candidates=np.full(16, GOOD))
 
