@@ -12,6 +12,7 @@ from grbench.tune.probes import Probes, Task
 from grbench.tune.trial import LONGER, Trial
 
 COARSE = rates.steps(1.09)  # width of a bracket while configurations are compared
+PATIENCE = 3  # rates that the first trial breaks before it waits for another that should carry more
 OPEN = 1.0  # excess of a figure over its limit that no interval proves, as a share, up to which longer probes follow
 UNKNOWN = (None, None)  # verdict and limit of a step without a probe
 
@@ -22,6 +23,7 @@ class HighestRate:
     def __init__(self, knowledge: Knowledge, probes: Probes, screen: bool) -> None:
         self._knowledge, self._probes, self._screen = knowledge, probes, screen
         self._confirmed: set[tuple[int, int | None]] = set()  # trials with the step of a longer probe
+        self.put_off: int | None = None  # the trial that waits for others until one leads; later ones do not wait
 
     def find(self, trial: Trial, *, alone: bool = False) -> Task[None]:
         """Find out whether a configuration is better than the best so far, and then its rate.
@@ -46,7 +48,7 @@ class HighestRate:
         """Find out whether a trial is better than the best so far, with as few probes; of the best, find the rate."""
         best = self._knowledge.incumbent
         if best is None or best.low is None:
-            yield from self._descend(trial)
+            yield from self._descend(trial, may_wait=True)
         elif best is not trial:
             yield from self._beats(trial, best.low)
         while trial is best is self._knowledge.incumbent and not trial.failed and not self.settled(trial):
@@ -64,6 +66,15 @@ class HighestRate:
         yield from self._probes.at(trial, trial.low, LONGER)
         if trial.low is None and not trial.failed:
             yield from self._descend(trial)
+
+    def _waits(self, trial: Trial, step: int) -> bool:
+        """Return True if a trial that broke some rates waits, because another, not yet probed, should carry more."""
+        others = [t for t in self._knowledge.trials if not (t.failed or t.verdicts)]
+        better = any(self._knowledge.expected(other) > step + COARSE for other in others)
+        if len(trial.verdicts) < PATIENCE or self.put_off is not None or not better:
+            return False
+        self.put_off = id(trial)
+        return True
 
     def settled(self, trial: Trial) -> bool:
         """Return True if the rate of the best is bracketed and confirmed, or no longer probe would confirm it."""
@@ -136,12 +147,14 @@ class HighestRate:
         excess = limit.excess(trial.probes[step]) if limit is not None else None
         return verdict is Verdict.UNLIKELY and excess is not None and excess <= OPEN
 
-    def _descend(self, trial: Trial) -> Task[bool]:
+    def _descend(self, trial: Trial, *, may_wait: bool = False) -> Task[bool]:
         """Lower the rate from the one expected until the limits are kept. Returns False if they are at none.
 
         The first is below it by the width of a bracket, because the highest of several estimates was lucky. A rate that
         was known to keep the limits may be far below: that of an earlier run, or of the best so far. A trial of which
         earlier runs are known at rates only is probed offline before.
+
+        may_wait: stop after some probes if another trial should carry more; the offline rate of this one misled.
         """
         yield from self._probes.offline(trial)
         if trial.failed or trial.top is None:
@@ -151,6 +164,8 @@ class HighestRate:
         step, jump = min(round(self._knowledge.expected(trial)) - COARSE, most), COARSE
         while step >= floor and not trial.failed and not (yield from self._probes.at(trial, step)):
             step, jump = step - jump, 2 * jump
+            if may_wait and self._waits(trial, step):
+                return False
         if trial.low is None and not trial.failed:
             trial.failed = f"keeps the limits at no rate down to {rates.rate_of(max(step, floor)):.3g} requests/s"
             trial.violation = trial.least_excess

@@ -23,7 +23,7 @@ from grbench.tune.proposers import Axes, Listed, Neighbours, OneAtATime, OptunaP
 from grbench.tune.queue_model import BatchTimes, Floats, arrivals, latencies_ms
 from grbench.tune.search import Search
 from grbench.tune.surrogate import Surrogate
-from grbench.tune.trial import Batching, Goal, carried
+from grbench.tune.trial import Batching, Goal, carried, quiet
 from grbench.tune.worth import pooled
 
 CERTIFYING = 30  # cells for certification, beside those of the search
@@ -241,7 +241,7 @@ def replay(
     Search(knowledge, configurations, evaluator, proposer, progress, screen=strategy.startswith(OURS)).run()
     spent, rounds = evaluator.used, evaluator.rounds
     evaluator.allow(CERTIFYING)
-    certificate = certify(knowledge, evaluator, progress) if goal.runs else None
+    certificate = certify(knowledge, evaluator, quiet) if goal.runs else None
     if certificate is None:
         return Run(regret, by_round[:rounds], spent, None, None)
     claimed, true = carried(certificate.step, certificate.together), truths[certificate.trial.configuration]

@@ -223,7 +223,9 @@ class Search:
             and (not self._highest.settled(t) if t is best else expected(t) > level and self._may_win(t))
             and id(t) not in self._finding
         ]
-        return max(open_, key=expected, default=None) or self._overtaken(level)
+        waiting = self._highest.put_off if best is None else None
+        promising = max(open_, key=lambda t: (id(t) != waiting, expected(t)), default=None)
+        return promising or self._overtaken(level)
 
     def _overtaken(self, level: float) -> Trial | None:
         """Return a former leader that a short probe may have ruled out by bad luck, each once."""

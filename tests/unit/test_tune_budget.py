@@ -274,12 +274,12 @@ def test_a_machine_with_bursts_of_other_work_certifies_where_tries_leave_room_fo
 ) -> None:
     """Batches take five times as long in 2 of 21 spans of 5 s, so that a run with a burst has a p99 of seconds.
 
-    Of these seeds 5 alone is certified if no try is lowered so that another one has room. docs/TUNING.md has the shares
-    of seeds 1 to 16.
+    Of these seeds 14 alone is certified if no try is lowered so that another one has room. docs/TUNING.md has the
+    shares of seeds 1 to 16.
     """
     words, most, built = setup
     certified = 0
-    for seed in (1, 5, 6, 9):
+    for seed in (1, 2, 4, 14):
         machine = Queue(lambda spec: 3.0 if spec.engine.name == "hstu" else 9.0, most, seed, 2 / 21)
         folder = tmp_path / str(seed)
         _, certificate, _ = searched(machine, words, built, 5, folder, monkeypatch)
@@ -340,3 +340,22 @@ def test_improvement_is_weighed_by_its_cost_and_what_has_no_room_is_not_asked_fo
     assert dear not in (best, None)
     assert asked(lambda configuration: 50.0 if configuration == best else math.inf) == best
     assert asked(lambda configuration: math.inf) is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_little_is_expected_the_neighbours_of_the_best_come_first(seed: int) -> None:
+    axes = {
+        "engine": ["hstu", "aoti"],
+        "engine.cpu_threads": ["1", "2"],
+        "scenario.max_batch": ["1", "4", "16", "64"],
+        "scenario.order": ["fifo", "length"],
+    }
+    every = [Configuration(tuple(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+    best = every[0]
+    proposer = Surrogate(every, axes, seed)
+    for configuration in (c for c in every if c == best or len(c.differs(best)) == 2):
+        proposer.take(configuration)
+        proposer.tell(configuration, 200.0 if configuration == best else 100.0 + every.index(configuration) % 3, 0.0)
+    beside = [c for c in every if len(c.differs(best)) == 1]
+    assert {proposer.ask() for _ in beside} == set(beside)
+    assert len((proposer.ask() or best).differs(best)) > 2
