@@ -175,7 +175,7 @@ def test_more_and_fewer_candidates_of_trained_models_are_compared(
     assert [found.text(point) for point in found.points] == ["20", "60"]
     for point in found.points:
         hits = point.quality("hr10").value * 150  # of all users
-        assert hits == pytest.approx(round(hits)) and point.server is not None
+        assert hits == pytest.approx(round(hits)) and len(point.servers) == 1
 
     def is_kept() -> list[bool]:
         folders = (Path(word[4:]) for each in began for word in each if word.startswith("out="))
