@@ -169,7 +169,10 @@ def test_overload_degrades_first_and_then_refuses(tensors: dict[str, np.ndarray]
 
 
 def test_steps_are_taken_in_their_order_before_a_call_is_refused() -> None:
-    """Each user of a call waits behind those before. The less time the call has, the more of them are degraded."""
+    """Each user of a call waits behind those before. The less time the call has, the more of them are degraded.
+
+    After a refusal all of them may begin with a step. The answer names it once then.
+    """
     users = tensors_of(tiny_trace()[1].requests[:8])
     half = Step("half", max_candidates=4, loss={"hr10_popular_loss": 0.02}, record="records/half")
     half.intervals = {"hr10_popular_loss": [0.01, 0.03]}
@@ -194,7 +197,8 @@ def test_steps_are_taken_in_their_order_before_a_call_is_refused() -> None:
             assert parameters.get("hr10_popular_loss") == (0.02 if "half" in taken else None)
             assert parameters.get("loss") == ("unknown" if "cheap" in taken else None)
             sizes = next(o["data"] for o in answer["outputs"] if o["name"] == "OUTPUT_LENGTHS")
-            assert sizes == ([4 if step == "half" else 8 for step in taken] if len(taken) > 1 else [8] * 8)
+            each = taken if len(taken) > 1 else taken * 8
+            assert sizes == [4 if step == "half" else 8 for step in each]
         assert seen == {"", "half", "cheap"} and refused
         for part, value in {"value": 0.02, "low": 0.01, "high": 0.03}.items():
             assert server.metric("grbench_step_loss", step="half", loss="hr10_popular_loss", part=part) == value
