@@ -219,7 +219,8 @@ class Controller:
         if not able:
             raise self._nothing_serves(request)
         left = deadline - time.perf_counter()
-        if (level := self._overload.level()) and (choice := self._cheaper(level - 1, able, request, left)):
+        first = self._first_step(able, request)
+        if first is not None and (choice := self._cheaper(first, able, request, left)):
             return choice
         predicted = {s: self.predicted_s(s, request) for s in able}
         in_time = [s for s in able if predicted[s] <= left]
@@ -246,6 +247,15 @@ class Controller:
             return _Choice(in_time[1], request, "explore")
         reason = "only" if able == 1 else "cheapest" if len(in_time) == able else "deadline"
         return _Choice(in_time[0], request, reason)
+
+    def _first_step(self, able: Sequence[Strategy], request: Request) -> int | None:
+        """Return the step to begin with: the last one up to the overload's level that changes the request.
+
+        None: the whole request, because no such step changes it.
+        """
+        steps = self.deployment.degrade
+        levels = reversed(range(self._overload.level()))
+        return next((number for number in levels if any(self._degraded(steps[number], able, request))), None)
 
     def _cheaper(self, first: int, able: Sequence[Strategy], request: Request, left_s: float) -> _Choice | None:
         """Return the first step, from number `first` on, that meets the deadline; None if none does."""

@@ -615,6 +615,33 @@ def test_refusals_make_the_next_requests_begin_with_a_step(monkeypatch: pytest.M
     run(work)
 
 
+@pytest.mark.parametrize(
+    "level, left_s, taken",
+    [
+        (0, 10.0, ["", "", ""]),
+        (1, 10.0, ["", "", "half"]),
+        (2, 10.0, ["", "quarter", "quarter"]),
+        (3, 10.0, ["", "quarter", "quarter"]),
+    ],
+)
+def test_requests_begin_with_the_last_step_of_the_level_that_changes_them(
+    level: int, left_s: float, taken: list[str]
+) -> None:
+    """They have 4, 8 and 16 candidates and one event, and would be in time as a whole."""
+    steps = [Step("half", max_candidates=8), Step("quarter", max_candidates=4), Step("short", max_history=1)]
+
+    async def work() -> None:
+        one = made(Engine())
+        both = controller(one, steps=steps)
+        both._overload._level, both._overload._refused = level, time.perf_counter()
+        for candidates, step in zip((4, 8, 16), taken, strict=True):
+            asked = dataclasses.replace(request(), candidates=np.full(candidates, GOOD))
+            assert (await both.answer(asked, time.perf_counter() + left_s)).degraded == step
+        await one.close(1.0)
+
+    run(work)
+
+
 def test_the_live_gate_blames_only_the_engine_that_answered() -> None:
     async def work() -> None:
         one, metrics = made(Engine()), Metrics(None)
