@@ -219,7 +219,7 @@ class Controller:
         if not able:
             raise self._nothing_serves(request)
         left = deadline - time.perf_counter()
-        first = self._first_step(able, request)
+        first = self._first_step(able, request) if left < math.inf else None
         if first is not None and (choice := self._cheaper(first, able, request, left)):
             return choice
         predicted = {s: self.predicted_s(s, request) for s in able}

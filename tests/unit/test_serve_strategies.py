@@ -622,12 +622,13 @@ def test_refusals_make_the_next_requests_begin_with_a_step(monkeypatch: pytest.M
         (1, 10.0, ["", "", "half"]),
         (2, 10.0, ["", "quarter", "quarter"]),
         (3, 10.0, ["", "quarter", "quarter"]),
+        (2, math.inf, ["", "", ""]),
     ],
 )
 def test_requests_begin_with_the_last_step_of_the_level_that_changes_them(
     level: int, left_s: float, taken: list[str]
 ) -> None:
-    """They have 4, 8 and 16 candidates and one event, and would be in time as a whole."""
+    """They have 4, 8 and 16 candidates and one event, and would be in time as a whole, as is any without a deadline."""
     steps = [Step("half", max_candidates=8), Step("quarter", max_candidates=4), Step("short", max_history=1)]
 
     async def work() -> None:
