@@ -75,7 +75,7 @@ class GateConfig:
         2.0, "largest error that passes, as a multiple of what rounding to the same precision costs the reference", gt=0
     )
     quality_requests: int = option(
-        512, "with trained weights: last requests of the trace, ranked for AUC and normalised entropy, or users whose "
+        512, "with trained weights: last requests of the trace, ranked for AUC and normalised entropy, and users whose "
         "last item is to be found, for the hit rate; 0: none", ge=0,
     )  # fmt: skip
     allow_loss: list[str] = option(

@@ -97,8 +97,7 @@ def in_batches(
         for places in batches(rng.permutation(len(requests)).tolist(), size):
             batch = [requests[i] for i in places]
             result = ask(batch)
-            if problem := form.problem(batch, result):
-                raise IncorrectError(f"in a batch of {len(batch)}: {problem}")
+            form.require(batch, result)
             items |= zip(places, getattr(result, "items", ()), strict=False)
             scores |= zip(places, result.scores, strict=True)
         order = range(len(asked))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from grengines.api import Float32Array, Int64Array, Request
+from grengines.numerics import IncorrectError
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Form:
             if not np.isfinite(one).all():
                 return f"request {request.request_id}: a score is not a finite number"
         raise AssertionError("scores that are wrong together are wrong one by one")
+
+    def require(self, requests: Sequence[Request], result: Any) -> None:
+        """Raise IncorrectError if the form of a batch's answers is wrong."""
+        if problem := self.problem(requests, result):
+            raise IncorrectError(f"in a batch of {len(requests)}: {problem}")
 
     def _items_problem(self, requests: Sequence[Request], items: Sequence[Int64Array]) -> str | None:
         assert self.k is not None

@@ -174,7 +174,7 @@ def _of_popular(spec: RunSpec, trace: Trace, engine: Ranker) -> dict[str, Estima
     if isinstance(spec.workload, DrawnConfig) or doubt_of_lists(spec.ranking_model.weights):
         return {}
     lists = lists_of(spec, trace)
-    figures = lists.estimates(lists.ask_ranker(engine, spec.scenario.max_batch))
+    figures = lists.estimates(lists.ask_ranker(engine, len(spec.ranking_model.tasks), spec.scenario.max_batch))
     return {f"{name}{POPULAR}": figures[name] for name in ("hr10", "ndcg10")}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from grbench.execution.watch import Show, unseen
+from grbench.gate.form import Form
 from grbench.quality import metrics
 from grbench.quality.metrics import CUTOFFS, Estimate, Floats, Ints
 from grbench.quality.protocol import LeaveOneOut, without
@@ -49,14 +50,18 @@ class Lists:
             show(len(found), len(requests))
         return found
 
-    def ask_ranker(self, engine: Ranker, max_batch: int) -> list[Ints]:
-        """Return each user's candidates, the best by the first task first."""
-        candidates, found = self.candidates(), list[Ints]()
+    def ask_ranker(self, engine: Ranker, tasks: int, max_batch: int) -> list[Ints]:
+        """Return each user's candidates, the best by the first of `tasks` first.
+
+        Raises IncorrectError for an answer whose form is wrong: scores that are no numbers have no order.
+        """
+        candidates, form, found = self.candidates(), Form(tasks), list[Ints]()
         requests = [replace(r, candidates=its) for r, its in zip(self.requests, candidates, strict=True)]
         for begin in range(0, len(requests), max_batch):
             batch = requests[begin : begin + max_batch]
-            scores = engine.rank(batch).scores
-            found += [r.candidates[np.argsort(-s[:, 0], kind="stable")] for r, s in zip(batch, scores, strict=True)]
+            form.require(batch, result := engine.rank(batch))
+            ordered = [np.argsort(-scores[:, 0], kind="stable") for scores in result.scores]
+            found += [r.candidates[order] for r, order in zip(batch, ordered, strict=True)]
         return found
 
     def candidates(self) -> list[Ints]:

@@ -14,7 +14,6 @@ from grbench.quality.labels import Labels, labels_of
 from grbench.quality.metrics import Estimate, Scored
 from grbench.workloads.trace import Trace
 from grengines.api import Float32Array, Ranker, Request
-from grengines.numerics import IncorrectError
 
 PRIOR = 10.0  # candidates that an item's mean label begins with, at the mean of all items
 EARLIER = 100_000  # latest requests that these means are of: each is made for it, which takes 0.3 ms and 0.8 KB
@@ -87,8 +86,7 @@ class Rankings:
             begun = time.perf_counter()
             result = engine.rank(batch)
             seconds += time.perf_counter() - begun
-            if problem := form.problem(batch, result):
-                raise IncorrectError(f"while quality was measured, in a batch of {len(batch)}: {problem}")
+            form.require(batch, result)
             found += result.scores
             stored += sum(cached.tokens for cached in result.cached)
             tokens += sum(cached.of for cached in result.cached)

@@ -25,7 +25,7 @@ KEYS = {  # of limits that are typed most
     *(f"{part}.p{percent:g}" for part in LATENCIES[1:] for percent in PART_PERCENTILES),
     *("quality.auc_loss", "gpu_memory_mib.reserved", "host_memory_mib.peak", *SINGLE),
 }
-LARGER = re.compile(r"(g?auc|accuracy|(hr|ndcg|mrr)\d+(_new)?)")  # figures of quality of which more is better
+LARGER = re.compile(r"(g?auc|accuracy|(hr|ndcg|mrr)\d+(_new|_popular)?)")  # figures of quality of which more is better
 # Metrics whose limit is the least allowed value. Of all others it is the largest.
 FLOORS = re.compile(rf"throughput|goodput|cache/.*hit_rate|quality/(.*/)?{LARGER.pattern}$")
 SHARE = re.compile(r"quality/(.*/)?(?!ne(_|$))")  # from 0 to 1: every figure of quality, and its loss, but entropies
@@ -174,13 +174,13 @@ def parse(key: str, value: str) -> Limit:
             raise ConfigError(f"{key}={value}: records have no such figure; allowed: {allowed}")
     if not metric or metric.endswith("."):
         raise ConfigError(f"{key}={value}: name the figure too, such as latency_ms.p99")
-    text = value.strip()
+    text, is_share = value.strip(), metric.startswith(("quality/", "cache/"))
     try:
-        bound = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        bound = float(text.removesuffix("%")) / 100 if is_share and text.endswith("%") else float(text)
     except ValueError:
-        raise ConfigError(f"{key}={value}: a limit is a number or a share such as 0.1%") from None
+        bound = math.nan
     if not math.isfinite(bound):
-        raise ConfigError(f"{key}={value}: a limit is a finite number or a share such as 0.1%")
+        raise ConfigError(f"{key}={value}: it is no finite number{', and no share such as 0.1%' if is_share else ''}")
     if bound > 1 and (SHARE.match(metric) or metric.endswith("hit_rate")):
         raise ConfigError(f"{key}={value}: it is a share of at most 1; allowed are such as 0.7, or 0.1% for a loss")
     if bound < 0 or (bound == 0 and (head.endswith("_ms") or metric.endswith(("_mib", "_rps")))):

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,13 @@ TABLES = [
     ("docs/PERFORMANCE.md", "A hit in the KV cache", ["user_cache"]),
 ]
 _MEASURED = re.compile(r"requests/s|^p(50|90|99)( ms|, 95%|$)|J a request|joules|cached|no cache|times|loaded|copied")
+_METRICS = {
+    "requests/s": "throughput_rps",
+    "^p50": "latency_ms/p50",
+    "^p90": "latency_ms/p90",
+    "^p99": "latency_ms/p99",
+    "J a request|joules": "energy_joules_per_request",
+}
 _FIGURE = re.compile(r"(?<![\w.])\d+(?:\.\d+)?")
 
 
@@ -43,37 +50,50 @@ def test_each_page_is_what_its_records_give(folder: Path) -> None:
     assert [commit[:12] for commit in commits] == re.findall(r"\bcommit ([0-9a-f]{7,})", (folder / PAGE).read_text())
 
 
-def strange_figures(section: str, records: str) -> list[str]:
-    """Return the figures of the measured columns of a section's tables that no record has, rounded."""
-    known = [float(figure) for figure in _FIGURE.findall(records)]
+def figures_of(column: str, records: Iterable[dict[str, Any]]) -> list[float]:
+    """Return the figures of records that a column may have: a metric and its interval, or those of an experiment."""
+    found: list[float] = []
+    metrics = [metric for words, metric in _METRICS.items() if re.search(words, column)]
+    for record in records:
+        if "rows" in record:
+            found += [float(figure) for figure in _FIGURE.findall(json.dumps(record["rows"]))]
+        for metric in metrics:
+            found += [value for name, value in record.get("metrics", {}).items() if name == metric]
+            found += [end for name, ends in record.get("intervals", {}).items() if name == metric for end in ends]
+    return found
 
-    def is_known(figure: str) -> bool:
+
+def strange_figures(section: str, records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the figures of the measured columns of a section's tables that no record has, rounded."""
+
+    def is_known(figure: str, column: str) -> bool:
         half = 0.5 / 10 ** len(figure.partition(".")[2]) + 1e-9
-        return any(abs(float(figure) - other) <= half for other in known)
+        return any(abs(float(figure) - other) <= half for other in figures_of(column, records))
 
     strange: list[str] = []
-    columns: list[int] | None = None
+    columns: dict[int, str] | None = None
     for line in section.splitlines():
         cells = line.split("|")[1:-1]
         if not line.startswith("|"):
             columns = None
         elif columns is None:
-            columns = [i for i, cell in enumerate(cells) if _MEASURED.search(cell.strip())]
+            columns = {i: name for i, cell in enumerate(cells) if _MEASURED.search(name := cell.strip())}
         else:
-            strange += [figure for i in columns for figure in _FIGURE.findall(cells[i]) if not is_known(figure)]
+            strange += [f for i, name in columns.items() for f in _FIGURE.findall(cells[i]) if not is_known(f, name)]
     return strange
 
 
 @pytest.mark.parametrize("page, heading, names", TABLES, ids=[heading for _, heading, _ in TABLES])
 def test_tables_of_other_pages_have_the_figures_of_the_reports(page: str, heading: str, names: list[str]) -> None:
     section = (ROOT / page).read_text().partition(f"# {heading}\n")[2].partition("\n#")[0]
-    records = [path.read_text() for name in names for path in (REPORTS / name).rglob("re*.json")]
-    assert "|---|" in section and strange_figures(section, "\n".join(records)) == []
+    records = [json.loads(path.read_text()) for name in names for path in (REPORTS / name).rglob("re*.json")]
+    assert "|---|" in section and strange_figures(section, records) == []
 
 
 def test_a_figure_that_no_record_has_is_found() -> None:
     table = "| load | requests/s | limit |\n|---|---|---|\n| 400/s | 399 | 0.123 |\n| | 41.2 | |\n"
-    assert strange_figures(f"{table}\n| x | p50 |\n|---|---|\n| | 2.7 |\n", "[399.2, 2.68, 41.1]") == ["41.2"]
+    record = {"metrics": {"throughput_rps": 399.2, "latency_ms/p50": 41.2}, "intervals": {"latency_ms/p50": [2.68, 3]}}
+    assert strange_figures(f"{table}\n| x | p50 |\n|---|---|\n| | 2.7 |\n", [record]) == ["41.2"]
 
 
 def test_the_folder_holds_reports_and_nothing_else() -> None:

@@ -38,18 +38,20 @@ TINY = (
         ),
         (["queue_ms.p99=3"], "queue_ms.p99=3: records have no such figure; allowed: queue_ms.p50, queue_ms.p90"),
         *(([f"{key}=3"], f"{key}=3: name the figure too") for key in ("latency_ms.", "quality.", "limits.")),
-        (["latency_limit_ms=fast"], "latency_limit_ms=fast: a limit is a number or a share such as 0.1%"),
+        (["latency_limit_ms=fast"], "latency_limit_ms=fast: it is no finite number"),
         *(
             (["engine=hstu", word], f"{word}: a search has one value of it; give one")
             for word in ("seed=1,2", "latency_limit_ms=20,40", "runner.timeout_s=5,60", "budget=1min,2min")
         ),
-        (["latency_ms.p99=fast"], "latency_ms.p99=fast: a limit is a number or a share such as 0.1%"),
+        (["latency_ms.p99=fast"], "latency_ms.p99=fast: it is no finite number"),
+        (["latency_limit_ms=80%"], "latency_limit_ms=80%: it is no finite number"),
+        (["quality.auc_loss=little"], "quality.auc_loss=little: it is no finite number, and no share such as 0.1%"),
         (["latency_ms.p99=0"], "latency_ms.p99=0: nothing keeps it"),
         (["limits.cache/hit_rate=2"], "limits.cache/hit_rate=2: it is a share of at most 1; allowed are such as 0.7"),
         (["latency_ms.p99=80", "limits.latency_ms.p99=3"], "two limits, 80 and 3; give one"),
         (["quality.auc_loss=0.1%"], "quality is known only with trained weights and labels; give model.weights=FILE"),
         *(
-            ([f"{key}={value}"], f"{key}={value}: a limit is a finite number")
+            ([f"{key}={value}"], f"{key}={value}: it is no finite number")
             for key in ("latency_ms.p99", "quality.auc_loss", "limits.cache/hit_rate", "throughput_rps")
             for value in ("nan", "inf", "-nan%")
         ),

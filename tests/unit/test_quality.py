@@ -219,8 +219,16 @@ def test_a_ranker_orders_the_most_popular_items_outside_the_past() -> None:
         scores = [np.array([[0, 2], [1, 0], [0, 1]], np.float32) for _ in requests]
         return RankResult(scores=scores, batch_ms=0, transfer_ms=0, compute_ms=0, tokens=0, padded_tokens=0)
 
-    answers = lists.ask_ranker(SimpleNamespace(rank=rank), 3)  # type: ignore[arg-type]
+    answers = lists.ask_ranker(SimpleNamespace(rank=rank), 2, 3)  # type: ignore[arg-type]
     assert [its.tolist() for its in answers] == [[b, a, c] for a, b, c in expected]
+
+    def wrong(requests: list[Request]) -> RankResult:
+        result = rank(requests)
+        result.scores[-1][0, 1] = np.nan
+        return result
+
+    with pytest.raises(IncorrectError, match=r"in a batch of 3: request \d+: a score is not a finite number"):
+        lists.ask_ranker(SimpleNamespace(rank=wrong), 2, 3)  # type: ignore[arg-type]
 
 
 def test_the_seconds_of_answers_leave_out_what_fills_the_cache() -> None:

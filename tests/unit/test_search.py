@@ -147,7 +147,7 @@ def test_a_floor_is_the_least_value_and_an_unknown_metric_is_refused() -> None:
         limits.parse("quality.ne_loss", "0.1%").judge(outcome(1))
     assert limits.parse("quality.auc_loss", "0.1%").bound == pytest.approx(0.001)
     assert limits.parse("quality.ne", "1.5").bound == 1.5  # an entropy is no share
-    assert all(limits.parse(f"quality.{name}", "0.5").floor for name in ("auc", "rated/gauc", "hr10_new", "ndcg50"))
+    assert all(limits.parse(f"quality.{name}", "0.5").floor for name in ("auc", "hr10_popular", "hr10_new", "ndcg50"))
     assert not any(limits.parse(f"quality.{name}", "0.5").floor for name in ("auc_loss", "ne", "hr10_new_loss"))
 
 
