@@ -171,9 +171,8 @@ class Controller:
         in_time = [s for s in left if predicted[s] <= deadline - time.perf_counter()]
         if not in_time:
             soonest = min(predicted.values())
-            raise self._too_late(
-                f"deadline: {'; '.join(failed)}; another strategy would take {soonest * 1e3:.1f} ms more", soonest
-            )
+            line = f"deadline: {'; '.join(failed)}; another strategy would take {soonest * 1e3:.1f} ms more"
+            raise RefusedError(503, line, soonest)  # no overload: HAProxy tries another replica
         return min(in_time, key=lambda s: self._usual.index(s) if s in self._usual else math.inf)
 
     def _too_late(self, message: str, retry_after_s: float) -> RefusedError:

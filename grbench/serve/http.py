@@ -84,7 +84,7 @@ class Api:
         self._service.metrics.shed.labels("connections").inc()
         most, queue = self._service.config.most_connections, self._service.config.max_queue
         line = f"{most} connections are open already (serve.max_queue={queue} and {most - queue} more)"
-        answer = refusal(RefusedError(429, line, 1.0), _ident(asked))
+        answer = refusal(RefusedError(503, line, 1.0), _ident(asked))  # HAProxy tries another replica
         return answer._replace(headers={**answer.headers, "connection": "close"})
 
     def _route(self, path: str, endpoint: Endpoint, method: str = "GET", open_to_all: bool = False) -> Route:

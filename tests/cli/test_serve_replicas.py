@@ -66,11 +66,12 @@ class _Named(http.server.BaseHTTPRequestHandler):
         if self.path == "/held":
             self.held.put(self.server.server_address[1])
             self.server.released.wait(20)  # type: ignore[attr-defined]
-        self._answer(f"{self.server.server_address[1]} {self.headers[OWNER_HEADER]}".encode())
+        status = 503 if self.path == f"/not_at/{self.server.server_address[1]}" else 200
+        self._answer(f"{self.server.server_address[1]} {self.headers[OWNER_HEADER]}".encode(), status)
 
-    def _answer(self, body: bytes) -> None:
+    def _answer(self, body: bytes, status: int = 200) -> None:
         with contextlib.suppress(ConnectionError):  # a health check does not wait for it
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -179,6 +180,21 @@ def test_a_call_without_a_user_goes_to_the_replica_with_the_fewest_calls(tmp_pat
             found = int(post("/").getresponse().read().split()[0])
             assert found in {address.port for address in named[:2]} - {busy}
             wait_until(lambda: in_flight(config, "any_replica") == 1)  # HAProxy has ended the call too
+
+
+@needs_haproxy
+@pytest.mark.parametrize("headers", [{}, {"x-user-id": "7"}])
+def test_a_call_that_gets_503_is_answered_by_another_replica(
+    tmp_path: Path, named: list[Address], headers: dict[str, str]
+) -> None:
+    with proxied(tmp_path, named[:2]) as (_, config):
+        ports = [address.port for address in named[:2]]
+        for refusing, other in (ports, ports[::-1]):
+            connection = http.client.HTTPConnection("127.0.0.1", config.port, timeout=20)
+            with contextlib.closing(connection):
+                connection.request("POST", f"/not_at/{refusing}", b"x", headers)
+                answer = connection.getresponse()
+                assert (answer.status, int(answer.read().split()[0])) == (200, other)
 
 
 @needs_haproxy
