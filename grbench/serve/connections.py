@@ -30,7 +30,8 @@ class Connection(HttpToolsProtocol):
 
     _in_headers = False  # a request has begun, and its headers are not complete
     _is_beyond = False  # as many connections were open before as there may be
-    _bare = 0  # bytes that came since a request began or a part of its body came
+    _bare = 0  # bytes that came since a request began or a part of its body came, but not with it
+    _parsed = 0  # bytes of the headers or trailers that the parser has found; `_bare` lacks those that came with others
     _answered: Any = None  # the newest request that is being answered or was; others that have come wait for it
     _timer: asyncio.TimerHandle
     _ends: float  # the loop's time at which it is closed, unless something comes before
@@ -52,17 +53,43 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._bare += len(data)
         super().data_received(data)
-        if self._bare > MOST_HEADERS and not self.transport.is_closing():
-            if self._in_headers and (self.cycle is None or self.cycle.response_complete):
-                self.transport.write(STATUS_LINE[431] + b"connection: close\r\ncontent-length: 0\r\n\r\n")
-            self.transport.close()
+        if self._bare > MOST_HEADERS:
+            self._end_too_long()
+
+    def _end_too_long(self) -> None:
+        """End a connection whose headers or trailers are too long. There is no answer while another one is due."""
+        if self.transport.is_closing():
+            return
+        if self._in_headers and (self.cycle is None or self.cycle.response_complete):
+            self.transport.write(STATUS_LINE[431] + b"connection: close\r\ncontent-length: 0\r\n\r\n")
+        self.transport.close()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value) + len(": \r\n"))
+        super().on_header(name, value)
+
+    def _count(self, size: int) -> None:
+        """Count bytes of headers or trailers. Raises ValueError, which stops the parser, if they are too long."""
+        self._parsed += size
+        if self._parsed > MOST_HEADERS:
+            self._end_too_long()
+            raise ValueError(f"headers of more than {MOST_HEADERS} bytes")
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what the parser does not take, unless that is refused already."""
+        if not self.transport.is_closing():
+            super().send_400_response(msg)
 
     def on_body(self, body: bytes) -> None:
         self._bare = 0
         super().on_body(body)
 
     def on_message_begin(self) -> None:
-        self._in_headers, self._bare = True, 0
+        self._in_headers, self._bare, self._parsed = True, 0, 0
         if self.cycle is None or self.cycle.response_complete:
             self._ends = self.loop.time() + HEADERS_S
         else:  # the client has not waited for the answer before, whose end sets the limit
@@ -70,7 +97,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._in_headers = False
+        self._in_headers, self._parsed = False, 0
         self._ends = math.inf
         self.headers = self.headers.copy()  # takes the trailers of a chunked body, which are no headers of the request
         before = self.cycle

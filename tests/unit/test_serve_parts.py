@@ -459,12 +459,36 @@ def test_headers_and_trailers_have_a_bound(first: bytes) -> None:
 
     async def found() -> bytes:
         async with connected(_Slow()) as (reader, writer):
-            for piece in (first, *[b"a" * (connections.MOST_HEADERS // 4)] * 6):
+            for piece in (first, *[b"a" * (connections.MOST_HEADERS // 4)] * 5):
                 writer.write(piece)
                 await asyncio.sleep(0.01)
             return await asyncio.wait_for(reader.read(), 5)
 
     assert asyncio.run(found())[:12] == (b"" if first is TRAILERS else b"HTTP/1.1 431")
+
+
+@pytest.mark.parametrize("call", [
+    posted("/v2/a" + 70_000 * "a", b"x"),
+    posted("/v2/a", b"x", "X-Long: " + 70_000 * "a"),
+    posted("/v2/a", b"x", *[f"X-{number}: {60 * 'a'}" for number in range(1100)]),
+])  # fmt: skip
+def test_headers_that_come_at_once_have_the_same_bound(call: bytes) -> None:
+    refused = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+    one = posted("/v2/a", b"one")
+    assert asyncio.run(exchanged(one, call, one)) == answered(b"/v2/a:one") + refused
+    long = posted("/v2/a", b"one", "X-Long: " + 65_000 * "a")
+    assert asyncio.run(exchanged(long + long)) == 2 * answered(b"/v2/a:one")  # each has a count of its own
+
+
+def test_trailers_that_come_at_once_have_the_same_bound() -> None:
+    """The connection ends before the call is answered."""
+
+    async def found() -> bytes:
+        async with connected(_Slow()) as (reader, writer):
+            writer.write(TRAILERS + 70_000 * b"a" + b"\r\n\r\n")
+            return await asyncio.wait_for(reader.read(1), 5)
+
+    assert asyncio.run(found()) == b""
 
 
 @pytest.mark.parametrize("path", ["/v2/models/m/infer", "/reload", "/metrics", "/other"])
