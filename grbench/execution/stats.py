@@ -11,13 +11,14 @@ queue is like the wait before it. `independent_samples` says what they are worth
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 CONFIDENCE = 0.95
+OVERLOADED = 0.95  # share of the offered rate: with fewer answers the queue grows
 SHORTEST_S = 1.0  # a rate or an energy over less time is mostly chance
 LEAST_BATCHES = 10  # for the interval of a rate
 LEAST_SPREAD = 0.02  # of a percentile from run to run, as a share, where the runs themselves are nearer: assumed
@@ -198,6 +199,12 @@ def samples_for_interval(percent: float) -> int:
     """Return the fewest samples that `percentile_interval` needs: each tail must hold one 97.5% of the time."""
     q, tail = percent / 100, (1 - CONFIDENCE) / 2
     return math.ceil(math.log(tail) / math.log(max(q, 1 - q)))
+
+
+def overloaded(metrics: Mapping[str, float]) -> bool:
+    """Return True if fewer requests a second are answered than are offered: the queue grows."""
+    offered = metrics.get("offered_rps")
+    return offered is not None and metrics["throughput_rps"] < OVERLOADED * offered
 
 
 def requests_for_interval(count: int, worth: int, percent: float) -> int:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from grbench.execution.records import RunRecord
-from grbench.execution.stats import PERCENTILES, SHORTEST_S, WORTH, requests_for_interval
+from grbench.execution.stats import PERCENTILES, SHORTEST_S, WORTH, overloaded, requests_for_interval
 from grbench.report.cells import figure, flatten, knobs, labels, named, short_paths, shown, with_interval
 from grbench.report.repeats import P99_NEEDS, estimate, latest_by_seed, pooled, ranking_percentile
 from grbench.report.work import (
@@ -132,14 +132,19 @@ def work_names(records: Sequence[RunRecord]) -> list[str]:
 def limit_verdict(record: RunRecord) -> str:
     """Return "yes" if p99 keeps `latency_limit_ms`, "no" if not, or "unsure" if its interval does not tell.
 
-    Without a limit or a p99 the verdict is "-".
+    A smaller percentile that is surely beyond the limit says "no" too, and so does a growing queue whose median is
+    beyond it. Without a limit or a p99 the verdict is "-".
     """
     limit = record.spec.get("latency_limit_ms")
     p99 = record.metrics.get("latency_ms/p99") if record.ok else None
     if scenario_of(record) == "offline" or limit is None or p99 is None:
         return "-"
     low, high = record.intervals.get("latency_ms/p99", [0.0, float("inf")])
-    return "yes" if high <= limit else "no" if low > limit else "unsure"
+    if high <= limit:
+        return "yes"
+    low = max(low, *(record.intervals.get(f"latency_ms/p{p:g}", [0.0])[0] for p in PERCENTILES if p < 99))
+    behind = overloaded(record.metrics) and record.metrics["latency_ms/p50"] > limit
+    return "no" if low > limit or behind else "unsure"
 
 
 def _finding(group: list[RunRecord]) -> Finding:
@@ -348,9 +353,10 @@ def _next(others: Sequence[Estimate], best: Estimate, unit: str = "") -> str:
 def _against_limit(best: Estimate, limit: float | None) -> str:
     if limit is None:
         return ""
+    if all(limit_verdict(run) == "no" for run in best.records) or (best.interval and best.interval[0] > limit):
+        return f", over the limit of {limit:g} ms"
     if best.interval is None:
         return f"; without an interval, the limit of {limit:g} ms is not decided"
-    low, high = best.interval
-    if high <= limit:
+    if best.interval[1] <= limit:
         return f", within the limit of {limit:g} ms"
-    return f", over the limit of {limit:g} ms" if low > limit else f"; the limit of {limit:g} ms is in its interval"
+    return f"; the limit of {limit:g} ms is in its interval"

@@ -17,7 +17,7 @@ from typing import Any
 from grbench.execution.environment import machine_of
 from grbench.execution.load import DISTURBED
 from grbench.execution.records import IN_RUN, RESAMPLES_FILE, RunRecord
-from grbench.execution.stats import SHORTEST_S
+from grbench.execution.stats import SHORTEST_S, overloaded
 from grbench.quality.metrics import Estimate, Floats, estimate_of
 from grbench.report.cells import MISSING, engine_name, figure, shown, with_interval
 from grbench.report.chart import Chart, Series
@@ -390,9 +390,8 @@ def _axis(base: Point, other: Point) -> Axis | None:
 
 def _p99(record: RunRecord) -> str:
     """Return p99 with its interval, or the rate of a server that did not keep up."""
-    rate, offered = record.metrics["throughput_rps"], record.metrics.get("offered_rps", 0.0)
-    if rate < 0.9 * offered:
-        return f"overloaded: {figure(rate)}/s"
+    if overloaded(record.metrics):
+        return f"overloaded: {figure(record.metrics['throughput_rps'])}/s"
     return with_interval(record.metrics.get("latency_ms/p99"), record.intervals.get("latency_ms/p99"))
 
 

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from grbench.config.schema import ConfigError, no_such_key
-from grbench.execution.stats import PART_PERCENTILES, PERCENTILES
+from grbench.execution.stats import PART_PERCENTILES, PERCENTILES, overloaded
 from grbench.quality.lists import NEW
 from grbench.quality.metrics import CUTOFFS
 from grbench.tune.outcome import Outcome
@@ -32,7 +32,6 @@ SHARE = re.compile(r"quality/(.*/)?(?!ne(_|$))")  # from 0 to 1: every figure of
 # Metrics that do not depend on the load: an offline probe answers for them.
 STATIC = re.compile(r"quality/|engine_start_s|gpu_memory_mib/|host_memory_mib/")
 PERCENTILE = re.compile(r"(\w+_ms)/p([\d.]+)$")  # of the latency, of one of its parts, or of LoadGen's latency
-OVERLOADED = 0.95  # share of the offered rate: with fewer answers the queue grows
 
 
 class Verdict(StrEnum):
@@ -102,7 +101,7 @@ class Limit:
         found = outcome.metrics.get(self.metric)
         if found is None:
             return Verdict.UNKNOWN
-        if overloaded(outcome):
+        if overloaded(outcome.metrics):
             return Verdict.BROKEN if found > self.bound else Verdict.UNLIKELY
         return Verdict.LIKELY if found <= self.bound else Verdict.UNLIKELY
 
@@ -129,12 +128,6 @@ def _figure(value: float) -> str:
 
 def _share(value: float) -> str:
     return f"{100 * value:.3g}%"
-
-
-def overloaded(outcome: Outcome) -> bool:
-    """Return True if the configuration answers fewer requests a second than are offered: its queue grows."""
-    offered = outcome.metrics.get("offered_rps")
-    return offered is not None and outcome.metrics["throughput_rps"] < OVERLOADED * offered
 
 
 def judge(limits: Sequence[Limit], outcome: Outcome) -> tuple[Verdict, Limit | None]:

@@ -124,6 +124,20 @@ def test_a_limit_is_kept_only_by_the_whole_interval() -> None:
     assert limit_verdict(cell(100)) == "no"
     assert limit_verdict(cell(scenario="offline")) == limit_verdict(cell(60, status=Status.OOM)) == "-"
     assert sentences(cell(79))[0].endswith("; the limit of 80 ms is in its interval.")
+
+
+def test_a_growing_queue_or_a_smaller_percentile_breaks_a_limit_without_an_interval_of_p99() -> None:
+    behind = cell(2171)
+    del behind.intervals[P99]
+    behind.metrics |= {"offered_rps": 1500.0, "throughput_rps": 827.0, "latency_ms/p50": 60.0}
+    assert limit_verdict(behind) == "unsure"  # so few requests may be a burst
+    behind.metrics["latency_ms/p50"] = 1316.0
+    assert limit_verdict(behind) == "no"
+    assert ", over the limit of 80 ms." in sentences(behind)[0]
+    behind.metrics["throughput_rps"] = 1490.0
+    assert limit_verdict(behind) == "unsure"
+    behind.intervals["latency_ms/p90"] = [81.0, 3000.0]
+    assert limit_verdict(behind) == "no"
     assert sentences(cell(100))[0].endswith(", over the limit of 80 ms.")
 
 
