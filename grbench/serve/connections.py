@@ -121,12 +121,12 @@ class Connection(HttpToolsProtocol):
         """
         if self.parser.should_upgrade() and self._should_upgrade():
             return None
-        if self._is_beyond:
-            return Target(self.app.refuse, {})
-        if self.parser.get_method() != b"POST":
+        method = self.parser.get_method()
+        if method != b"POST" and not self._is_beyond:
             return None
         path = httptools.parse_url(self.url).path.decode("ascii")
-        found: Target | None = self.app.target(unquote(path) if "%" in path else path)
+        path = unquote(path) if "%" in path else path
+        found: Target | None = self.app.last_target(method, path) if self._is_beyond else self.app.target(path)
         return found
 
     def on_response_complete(self) -> None:

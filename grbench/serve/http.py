@@ -43,10 +43,13 @@ class Api:
         self._keys = service.config.api_keys
         self._page = files("grbench.serve").joinpath("page.html").read_bytes()
         self._calls = {"infer": self._guarded(self._infer), "append": self._guarded(self._append)}
+        self._health = {
+            "/v2/health/live": self._guarded(self._live, open_to_all=True),
+            "/v2/health/ready": self._guarded(self._ready, open_to_all=True),
+        }
         model = "/v2/models/{model}"
         routes = [
-            self._route("/v2/health/live", self._live, open_to_all=True),
-            self._route("/v2/health/ready", self._ready, open_to_all=True),
+            *(Route(path, _Asgi(endpoint), methods=["GET"]) for path, endpoint in self._health.items()),
             self._route("/v2", self._server),
             self._route("/metrics", self._metrics),
             self._route("/status", self._status),
@@ -79,13 +82,24 @@ class Api:
             return None
         return Target(endpoint, {"model": parts[3], "version": parts[5] if len(parts) == 7 else VERSION})
 
-    async def refuse(self, asked: HttpRequest) -> HttpResponse:
-        """Refuse a request of a connection beyond those that may be open, whatever it asks."""
+    def last_target(self, method: bytes, path: str) -> Target:
+        """Return what answers a request of a connection beyond those that may be open, which then ends.
+
+        It refuses whatever is no health check.
+        """
+        answering = self._health.get(path, self._refuse) if method == b"GET" else self._refuse
+
+        async def last(asked: HttpRequest) -> HttpResponse:
+            answer = await answering(asked)
+            return answer._replace(headers={**answer.headers, "connection": "close"})
+
+        return Target(last, {})
+
+    async def _refuse(self, asked: HttpRequest) -> HttpResponse:
         self._service.metrics.shed.labels("connections").inc()
         most, queue = self._service.config.most_connections, self._service.config.max_queue
         line = f"{most} connections are open already (serve.max_queue={queue} and {most - queue} more)"
-        answer = refusal(RefusedError(503, line, 1.0), _ident(asked))  # HAProxy tries another replica
-        return answer._replace(headers={**answer.headers, "connection": "close"})
+        return refusal(RefusedError(503, line, 1.0), _ident(asked))  # HAProxy tries another replica
 
     def _route(self, path: str, endpoint: Endpoint, method: str = "GET", open_to_all: bool = False) -> Route:
         return Route(path, _Asgi(self._guarded(endpoint, open_to_all)), methods=[method])

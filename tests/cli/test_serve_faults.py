@@ -223,13 +223,16 @@ def test_connections_too_many_are_refused_and_the_earlier_ones_are_served(
 
         for _ in range(2):
             assert [asked(one, "/v2/models/hstu_tiny/infer", body)[0] for one in kept] == [200, 200]
-            for path, sent in {"/v2/models/hstu_tiny/infer": body, "/v2/health/ready": None}.items():
+            for path, sent in {"/v2/models/hstu_tiny/infer": body, "/status": None, "/v2/health/live": body}.items():
                 status, answer, headers = asked(HTTPConnection("127.0.0.1", server.port), path, sent)
                 assert status == 503 and answer["error"].startswith("2 connections are open already (serve.max_queue=1")
                 assert (headers["retry-after"], headers["connection"]) == ("1", "close")
+            for name, healthy in {"live": {"live": True}, "ready": {"ready": True}}.items():
+                status, answer, headers = asked(HTTPConnection("127.0.0.1", server.port), f"/v2/health/{name}")
+                assert (status, answer, headers["connection"]) == (200, healthy, "close")
         kept.pop().close()
-        wait_until(lambda: server.call("/v2/health/ready")[0] == 200)
-        assert server.metric("grbench_shed_total", reason="connections") >= 4
+        wait_until(lambda: server.call("/status")[0] == 200)
+        assert server.metric("grbench_shed_total", reason="connections") >= 6
 
 
 def test_a_full_queue_refuses(tensors: dict[str, np.ndarray]) -> None:
