@@ -27,6 +27,10 @@ class Kind(NamedTuple):
     def of(cls, request: Request, cached: bool = False) -> Kind:
         return cls(len(request.history_items).bit_length(), len(request.candidates).bit_length(), cached)
 
+    def covers(self, other: Kind) -> bool:
+        """Return True if a request of this kind has all that one of the other has to compute, or more."""
+        return self.cached == other.cached and self.events >= other.events and self.candidates >= other.candidates
+
     def tokens(self, events: bool) -> int:
         """Return the candidates, and the events if so asked, rounded up to the ends of their classes; at least 1."""
         return max(sum(1 << bits for bits in (self.events if events else 0, self.candidates) if bits), 1)
@@ -64,6 +68,8 @@ class Costs:
             more = min(seconds([request] * size) for _ in range(2)) if size > 1 else 2 * one
             each[kind] = max((more - one) / max(size - 1, 1), one / size / 4, 1e-6)
             fixed.append(max(one - each[kind], 0.0))
+        # A pause of the machine in all calls of a kind is no cost: no longer request is cheaper.
+        each = {kind: min(its for other, its in each.items() if other.covers(kind)) for kind in each}
         return cls(sorted(fixed)[len(fixed) // 2], each)
 
     def each_s(self, kind: Kind) -> float:

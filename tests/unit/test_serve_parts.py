@@ -676,13 +676,26 @@ def test_costs_follow_what_batches_take() -> None:
     assert costs.batch_s([Kind(5)]) < 1.5 * before
 
 
+def one(events: int, candidates: int) -> Request:
+    its = np.zeros(events, np.int64)
+    weights = its.astype(np.float32)
+    return Request(0, 0, its, its, weights, its, 0, np.zeros(candidates, np.int64), 0, 0.0, math.inf)
+
+
+def test_a_pause_while_costs_are_measured_is_no_cost() -> None:
+    """Each call of the requests with 3 events is paused, and those with more events are not."""
+
+    def seconds(requests: Sequence[Request]) -> float:
+        paused = len(requests[0].history_items) == 3
+        return 1.0 if paused and len(requests) > 1 else 0.010 + sum(len(r.history_items) * 1e-3 for r in requests)
+
+    costs = Costs.measured([one(3, 8), one(6, 8), one(40, 8), one(2, 90)], 4, seconds)
+    assert costs.each_s(Kind.of(one(3, 8))) == costs.each_s(Kind.of(one(6, 8))) == pytest.approx(0.006)
+    assert costs.each_s(Kind.of(one(40, 8))) == pytest.approx(0.040)
+
+
 def test_candidates_are_priced_apart_from_events() -> None:
     """An event takes 1 ms and a candidate 4, so 90 candidates cost unlike 90 events. All requests have 100 tokens."""
-
-    def one(events: int, candidates: int) -> Request:
-        its = np.zeros(events, np.int64)
-        weights = its.astype(np.float32)
-        return Request(0, 0, its, its, weights, its, 0, np.zeros(candidates, np.int64), 0, 0.0, math.inf)
 
     def seconds(requests: Sequence[Request]) -> float:
         return 0.010 + sum(len(r.history_items) * 1e-3 + len(r.candidates) * 4e-3 for r in requests)
