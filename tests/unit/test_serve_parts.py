@@ -689,7 +689,7 @@ def test_a_pause_while_costs_are_measured_is_no_cost() -> None:
         paused = len(requests[0].history_items) == 3
         return 1.0 if paused and len(requests) > 1 else 0.010 + sum(len(r.history_items) * 1e-3 for r in requests)
 
-    costs = Costs.measured([one(3, 8), one(6, 8), one(40, 8), one(2, 90)], 4, seconds)
+    costs = Costs.measured([one(3, 8), one(6, 8), one(40, 8)], 4, seconds)
     assert costs.each_s(Kind.of(one(3, 8))) == costs.each_s(Kind.of(one(6, 8))) == pytest.approx(0.006)
     assert costs.each_s(Kind.of(one(40, 8))) == pytest.approx(0.040)
 
