@@ -306,10 +306,12 @@ class Candidate:
         """Return the outcome of a certifying run, and why it fails by itself."""
         outcome = self._evaluator.evaluate(self.trial.configuration, probe)
         refutation = _alone(self._goal, self.step, probe, outcome)
-        verdict = judge(self._goal.limits, outcome)[0] if refutation is None else refutation.verdict
-        progress(self.trial, probe, outcome, verdict)
         if refutation is None:  # beyond a limit a backlog makes all requests alike: lower rates are not so
             self.trial.certifying[self.step] = outcome
+        else:  # before the progress, which names the best
+            self.trial.refute(refutation)
+        verdict = judge(self._goal.limits, outcome)[0] if refutation is None else refutation.verdict
+        progress(self.trial, probe, outcome, verdict)
         return outcome, refutation
 
     def _further(self, outcomes: list[Outcome], refutation: Refutation, seed: int) -> list[Wanted]:

@@ -226,7 +226,7 @@ def _all(knowledge: Knowledge) -> Table:
 def _limit(knowledge: Knowledge, trial: Trial) -> str:
     """Return what keeps a trial from a higher rate."""
     if not trial.measured:
-        return "budget ended before its first probe"
+        return "no room in the budget for its first probe"
     high, best = trial.high, knowledge.incumbent
     if high is not None and trial.binding is not None:
         verdict, limit, outcome = trial.binding

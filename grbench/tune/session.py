@@ -27,7 +27,7 @@ from grbench.report.cells import number_of
 from grbench.tools import sizing
 from grbench.tune import answer, deploy
 from grbench.tune.answer import Answer
-from grbench.tune.certification import SEED, certify, plan
+from grbench.tune.certification import SEED, Certificate, certify, plan
 from grbench.tune.config import Declared
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.limits import Verdict
@@ -87,18 +87,19 @@ class TuneSession:
         Raises KeyboardInterrupt after saying what was found until then, and ConfigError.
         """
         cut_short = ""
-        certificate = None
+        certificate: Certificate | None = None
         interrupt: KeyboardInterrupt | None = None
         try:
             self._announce()
             self._search.run()
-            if self._declared.goal.runs:
-                certificate = certify(self._knowledge, self._evaluator, self._show)
-            else:
-                self._knowledge.uncertified = "certify_runs=0 asks for no others"
+            certificate = self._certify()
             found = answer.answer(self._knowledge, certificate)
             if found is not None:
                 self._measure_steps(found)
+                best = self._knowledge.incumbent
+                if certificate is None and best is not None and best is not found.trial:  # a step found a better one
+                    certificate = self._certify()
+                    found = answer.answer(self._knowledge, certificate)
         except KeyboardInterrupt as e:
             cut_short, interrupt = "interrupted", e
             self._knowledge.uncertified = "the search was interrupted"
@@ -110,6 +111,12 @@ class TuneSession:
         if interrupt is not None:
             raise interrupt
         return code
+
+    def _certify(self) -> Certificate | None:
+        if not self._declared.goal.runs:
+            self._knowledge.uncertified = "certify_runs=0 asks for no others"
+            return None
+        return certify(self._knowledge, self._evaluator, self._show)
 
     def _measure_steps(self, found: Answer) -> None:
         """Measure configurations one step from the winner while the budget lasts, so that each step has a cost."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError
 from grbench.execution import energy, stats
 from grbench.report.page import Text
-from grbench.tune import answer, config, deploy, legal, limits, page, rates, space
+from grbench.tune import answer, config, deploy, legal, limits, page, rates, session, space
 from grbench.tune.certification import STEPS, Certificate, certify, recall, reserve
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.limits import Limit, Verdict
@@ -858,6 +859,65 @@ def test_where_every_rate_failed_the_answer_is_the_best_by_the_objective() -> No
     assert answer.leader(search).startswith(f"none yet ({best.configuration.name} failed its certification at")
 
 
+def test_the_line_of_a_certifying_run_that_failed_names_the_best_after_it() -> None:
+    evaluator = Capacities(CAPACITY, worse={101: 0.9, 102: 0.9})
+    search = searched(evaluator)
+    leaders: list[str] = []
+
+    def note(trial: Trial, probe: Probe, outcome: Outcome, verdict: Verdict | None) -> None:
+        if verdict not in (Verdict.KEPT, Verdict.LIKELY):
+            assert probe.rate is not None and trial.low != rates.step_of(probe.rate)
+            leaders.append(answer.leader(search))
+
+    before = answer.leader(search)
+    certify(search, evaluator, note)
+    assert leaders and before not in leaders
+
+
+class InSession(Capacities):
+    """Capacities for a session, which says how long things take."""
+
+    cell_s = 1.0
+
+    def rest_s(self, certifying: Sequence[Wanted]) -> float:
+        return 0.0
+
+
+def test_a_step_that_keeps_the_limits_is_the_answer_where_every_rate_of_the_winner_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["engine=hstu", "space=typed", "scenario.max_batch=1,2,4,8,16,32,64", "tracking=none"]
+    declared = config.declare([*words, "latency_ms.p99=80", "budget=14cells", "certify_runs=4"])
+    built = space.build(declared.axes, declared.typed, declared.fixed)
+    first, *others = built.configurations
+    evaluator = InSession({first: 400.0, **dict.fromkeys(others, 200.0)}, 14, {101: 0.01})
+    usual = evaluator.outcome
+
+    def slower_offline(configuration: Configuration, probe: Probe) -> Outcome:
+        """Let the first probe at a rate of the others keep the limits."""
+        found = usual(configuration, probe)
+        slower = probe.rate is None and configuration != first
+        return dataclasses.replace(found, metrics={**found.metrics, "throughput_rps": 200.0}) if slower else found
+
+    monkeypatch.setattr(evaluator, "outcome", slower_offline)
+    monkeypatch.setattr(session, "LiveEvaluator", lambda *given: evaluator)
+    assert session.TuneSession(declared, built, words).run() == 0
+    said = capsys.readouterr()
+    last = [line for line in said.err.splitlines() if "; best: " in line][-1]
+    best = re.search(r"; best: (?P<name>max_batch=\d+) at (?P<rate>[\d.]+)/s;", last)
+    assert best is not None and best["name"] != first.name, said.err
+    assert said.out.startswith(f"Take {best['name']}: {best['rate']} requests/s at p99 "), said.out
+    assert re.search(r"\(not certified, .*: 4 runs of 10,000 requests at 1\d\d\.\d requests/s take 4 cells", said.out)
+    [folder] = (tmp_path / "outputs" / "tune").iterdir()
+    facts = json.loads((folder / "tune.json").read_text())
+    assert facts["winner"]["overrides"] == facts["pareto"][0] == [f"scenario.{best['name']}"]
+    assert f"Take {best['name']}: " in (folder / "tune.md").read_text()
+    file = folder / "best.yaml"
+    [spec] = deployment.load(file).specs(file).values()
+    assert f"max_batch={spec.scenario.max_batch}" == best["name"]
+
+
 @pytest.mark.parametrize("certified", [True, False])
 def test_no_place_claims_more_than_the_rate_that_was_offered(certified: bool, tmp_path: Path) -> None:
     """Random arrivals came 2% faster than they were asked for."""
@@ -1355,7 +1415,7 @@ def test_a_row_says_why_it_has_no_more_and_is_counted_if_it_was_probed() -> None
         f"latency_ms.p99 90 [85, 95] at {rate:.4g}/s (broken)",
         "no load was tried",
         "UNJUDGED: no loss",
-        "budget ended before its first probe",
+        "no room in the budget for its first probe",
     ]
     found = answer.answer(search, None)
     assert found is not None and found.trial.configuration == ALL[0]
