@@ -197,10 +197,19 @@ class Cell:
         """Compute the quality of trained weights. A precision that loses too much ends the cell."""
         actual, engine, trace = self.outcome.actual, built.engine, built.trace
         found: tuple[quality.Quality | quality.ListQuality | None, quality.QualityFigures] | None
+
+        def watching(what: str) -> Callable[..., None]:
+            title = f"measuring quality{what}"
+            self._say(title)
+            return at_most_every(5.0, lambda done, total: self._say(f"{title}, {done:,} of {total:,} requests"))
+
         if self.spec.task == "rank":
-            found = quality.measure(self._prepared, trace, cast(Ranker, engine), coarsest(actual), actual["device"])
+            ranker, precision, device = cast(Ranker, engine), coarsest(actual), actual["device"]
+            found = quality.measure(self._prepared, trace, ranker, precision, device, watching)
         else:
-            found = quality.measure_lists(self._prepared, trace, engine, built.retrieval, actual, built.references)
+            found = quality.measure_lists(
+                self._prepared, trace, engine, built.retrieval, actual, built.references, watching
+            )
         if found is None:
             return
         beside, self._quality = found

@@ -11,7 +11,7 @@ grbench/quality/ has the labels, the metrics and their intervals.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grbench.config.schema import RunSpec
+from grbench.execution.watch import Show, unseen
 from grbench.gate.rank import coarsest
 from grbench.quality.exact import in_fp32, is_exact, prepared
 from grbench.quality.held_out import HeldOut, doubt_of_lists
@@ -33,9 +34,20 @@ from grengines.numerics import IncorrectError
 
 MAX_LOSS = 1e-3  # share of the reference's AUC, normalised entropy or HR@10
 TOP_K = 10
+AT_ONCE = 64  # requests that the reference of a ranker gets, after which its progress is shown
+# What a user watches, behind "measuring quality".
+ANSWERS, EXACT, POPULAR_ITEMS = "", " of the same model in fp32", " of the order of popular items"
+INTERVALS = ": 95% intervals"
 POPULAR = "_popular"  # suffix of figures of a ranker's list, whose candidates come by popularity
 # Figures whose resamples are kept. auc and ne are means of the tasks.
 COMPARED = ("hr10", "ndcg10", "auc", "ne", f"hr10{POPULAR}", f"ndcg10{POPULAR}")
+
+Watching = Callable[[str], Show]  # takes what is measured beside the engine's quality; the result shows the progress
+
+
+def unwatched(what: str) -> Show:
+    """Show no progress."""
+    return unseen
 
 
 @dataclass
@@ -139,13 +151,13 @@ def _advice(precision: str) -> str:
 
 
 def measure(
-    spec: RunSpec, trace: Trace, engine: Ranker, precision: str, device: str
+    spec: RunSpec, trace: Trace, engine: Ranker, precision: str, device: str, watching: Watching = unwatched
 ) -> tuple[Quality | None, QualityFigures] | None:
     """Return the quality of the engine's scores beside the reference's, and the figures of the record.
 
-    precision: the coarsest of the engine. The result is None without a ground truth: for random weights, without
-    labels, or with gate.quality_requests=0. If no request is later than the training, there is only a note that says
-    so.
+    precision: the coarsest of the engine. watching: shows how far the answers are. The result is None without a ground
+    truth: for random weights, without labels, or with gate.quality_requests=0. If no request is later than the
+    training, there is only a note that says so.
     """
     model = spec.ranking_model
     if model.weights is None or not spec.gate.quality_requests:
@@ -156,16 +168,21 @@ def measure(
         return (None, QualityFigures({}, {}, [f"no quality: {NONE_LATER}"])) if labelled else None
     from grengines.models.hstu.reference import RankingReference
 
-    expected = RankingReference(model, trace.catalogue, spec.seed, device).scores(rankings.requests)
-    found, _ = rankings.ask(engine, spec.scenario.max_batch, spec.cache.name != "none")
+    show, requests, expected = watching(EXACT), rankings.requests, list[Float32Array]()
+    reference = RankingReference(model, trace.catalogue, spec.seed, device)
+    for begin in range(0, len(requests), AT_ONCE):
+        expected += reference.scores(requests[begin : begin + AT_ONCE])
+        show(len(expected), len(requests))
+    found, _ = rankings.ask(engine, spec.scenario.max_batch, spec.cache.name != "none", watching(ANSWERS))
+    popular = _of_popular(spec, trace, engine, watching)
+    watching(INTERVALS)  # seconds, in which nothing is asked
     losses = rankings.losses(found, expected)
-    beside = {f"loss/{name}": loss for name, loss in losses.items()}
-    beside |= _of_popular(spec, trace, engine)
+    beside = {f"loss/{name}": loss for name, loss in losses.items()} | popular
     figures = QualityFigures.of(rankings.estimates(found) | beside, rankings.baselines(), rankings.notes)
     return compare(found, expected, rankings, precision, losses), figures
 
 
-def _of_popular(spec: RunSpec, trace: Trace, engine: Ranker) -> dict[str, Estimate]:
+def _of_popular(spec: RunSpec, trace: Trace, engine: Ranker, watching: Watching) -> dict[str, Estimate]:
     """Return HR@10 and NDCG@10 of the engine's order of the most popular `workload.num_candidates` items.
 
     They say what is lost where the last of a client's candidates are left out. The result is {} for synthetic events,
@@ -174,7 +191,8 @@ def _of_popular(spec: RunSpec, trace: Trace, engine: Ranker) -> dict[str, Estima
     if isinstance(spec.workload, DrawnConfig) or doubt_of_lists(spec.ranking_model.weights):
         return {}
     lists = lists_of(spec, trace)
-    figures = lists.estimates(lists.ask_ranker(engine, len(spec.ranking_model.tasks), spec.scenario.max_batch))
+    tasks, show = len(spec.ranking_model.tasks), watching(POPULAR_ITEMS)
+    figures = lists.estimates(lists.ask_ranker(engine, tasks, spec.scenario.max_batch, show))
     return {f"{name}{POPULAR}": figures[name] for name in ("hr10", "ndcg10")}
 
 
@@ -266,6 +284,7 @@ def measure_lists(
     retrieval: Retrieval | None,
     actual: dict[str, Any],
     references: dict[int, list[Ints]],
+    watching: Watching = unwatched,
 ) -> tuple[ListQuality | None, QualityFigures] | None:
     """Return HR@10 beside the reference's, and the figures of the record, leave one out over some users.
 
@@ -283,14 +302,14 @@ def measure_lists(
     if spec.task == "recommend" and (why := doubt_of_lists(spec.ranking_model.weights)):
         return None, QualityFigures({}, {}, [f"no quality: {why}"])
     lists = lists_of(spec, trace)
-    answers = lists.ask(engine, spec.task, spec.scenario.max_batch)
+    answers = lists.ask(engine, spec.task, spec.scenario.max_batch, watching(ANSWERS))
     found, beside, losses = lists.estimates(answers), None, dict[str, Estimate]()
     if is_exact(actual):
         losses = lists.losses(answers, answers)
     elif exact := in_fp32(spec, actual):
         if (expected := references.get(spec.gate.quality_requests)) is None:
             with prepared(exact, trace.catalogue, retrieval, lists.requests) as reference:
-                expected = lists.ask(reference, exact.task, exact.scenario.max_batch)
+                expected = lists.ask(reference, exact.task, exact.scenario.max_batch, watching(EXACT))
             references[spec.gate.quality_requests] = expected
         theirs = lists.estimates(expected)
         losses = lists.losses(answers, expected)

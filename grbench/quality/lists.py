@@ -50,7 +50,7 @@ class Lists:
             show(len(found), len(requests))
         return found
 
-    def ask_ranker(self, engine: Ranker, tasks: int, max_batch: int) -> list[Ints]:
+    def ask_ranker(self, engine: Ranker, tasks: int, max_batch: int, show: Show = unseen) -> list[Ints]:
         """Return each user's candidates, the best by the first of `tasks` first.
 
         Raises IncorrectError for an answer whose form is wrong: scores that are no numbers have no order.
@@ -62,6 +62,7 @@ class Lists:
             form.require(batch, result := engine.rank(batch))
             ordered = [np.argsort(-scores[:, 0], kind="stable") for scores in result.scores]
             found += [r.candidates[order] for r, order in zip(batch, ordered, strict=True)]
+            show(len(found), len(requests))
         return found
 
     def candidates(self) -> list[Ints]:
