@@ -15,15 +15,24 @@ from grbench.config.schema import RunSpec
 from grbench.execution import stats
 from grbench.execution.records import IN_RUN, PARTS
 from grbench.scenarios import Measurement
-from grbench.scenarios.config import OfflineConfig, ServerConfig, TraceReplayConfig, is_accuracy
+from grbench.scenarios.config import (
+    OfflineConfig,
+    ScenarioConfig,
+    ServerConfig,
+    TraceReplayConfig,
+    is_accuracy,
+    issuer_waits,
+)
 from grbench.tools import sizing
 from grbench.workloads.trace import Requests
 from grengines.api import Request
 from grengines.last_layer import LastLayer
 from grengines.pipeline.config import STAGES
+from grengines.remote.config import MOST, RemoteConfig
 
 MOST_UNKNOWN = 0.05  # share of the latency that no part has before a note says so
 CALLS_MS = 0.2  # between LoadGen and the batcher, to and fro
+MOST_KEPT_BACK = 0.01  # share of requests that wait in the client of a server before a note says so
 FEWER_RETURNS = 0.1  # share of returning users by which a run with a cache may be below the trace before a note says so
 
 
@@ -71,6 +80,8 @@ def summarise(
             f"scenario.queries={math.ceil(2 * count * stats.SHORTEST_S / duration_s)} would take about "
             f"{2 * stats.SHORTEST_S:g} s"
         )
+    if isinstance(spec.engine, RemoteConfig) and not isinstance(spec.scenario, OfflineConfig):
+        summary.notes += _kept_back(samples, spec.scenario)
     metrics |= measurement.metrics
     summary.notes += _beside_loadgen(samples, metrics)
     details = measurement.details
@@ -121,6 +132,27 @@ def _rate_interval(samples: dict[str, np.ndarray]) -> list[float] | None:
     order = np.argsort(last, kind="stable")
     found = stats.rate_interval(counts[order], np.diff(last[order], prepend=0.0))
     return None if found is None else list(found)
+
+
+def _kept_back(samples: dict[str, np.ndarray], scenario: ScenarioConfig) -> list[str]:
+    """Return a note if requests waited in the client of a server, because all calls that it makes were under way.
+
+    Such a request finds as many unanswered ones as these calls hold.
+    """
+    if issuer_waits(scenario):
+        return []
+    calls = max(scenario.in_flight, 1)
+    arrivals = np.sort(samples["arrival_s"])
+    ends = np.sort(samples["arrival_s"] + samples["latency_ms"] / 1e3)
+    unanswered = np.arange(len(arrivals)) - np.searchsorted(ends, arrivals, "right")
+    share = float((unanswered >= calls * scenario.max_batch).mean())
+    if share <= MOST_KEPT_BACK:
+        return []
+    more = f"; raise scenario.in_flight, at most {MOST}, to send more" if calls < MOST else ""
+    return [
+        f"{share:.0%} of the requests waited in the client, because all calls of scenario.in_flight={calls} were under "
+        f"way: queue_ms has this wait, and the server saw no more calls at a time{more}"
+    ]
 
 
 def _beside_loadgen(samples: dict[str, np.ndarray], metrics: dict[str, float]) -> list[str]:

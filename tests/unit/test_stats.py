@@ -458,6 +458,23 @@ def test_a_run_with_fewer_returning_users_than_its_trace_says_so() -> None:
         assert not any("came before" in line for line in summarised(details, users=users).notes)
 
 
+def test_requests_that_wait_in_the_client_of_a_server_are_noted() -> None:
+    """Four requests arrive 1 ms apart and take 2 ms each: the last three find one unanswered."""
+
+    def notes(*words: str) -> list[str]:
+        its = ["engine=remote", "scenario=server", "scenario.max_batch=1", *words]
+        return [note for note in summarised({}, *its).notes if "waited in the client" in note]
+
+    [note] = notes("scenario.in_flight=1")
+    assert note == (
+        "75% of the requests waited in the client, because all calls of scenario.in_flight=1 were under way: queue_ms "
+        "has this wait, and the server saw no more calls at a time; raise scenario.in_flight, at most 1024, to send "
+        "more"
+    )
+    assert not notes("scenario.in_flight=2") and not notes("scenario.in_flight=1", "scenario.max_batch=2")
+    assert not notes("scenario=offline", "scenario.in_flight=1", "scenario.max_batch=1")
+
+
 def test_cache_metrics_are_shares_of_lookups_and_of_events() -> None:
     counted = {
         "cache_hits": 1.0,
