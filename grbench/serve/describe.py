@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from grkernels import tuning
 
 if TYPE_CHECKING:
     from grbench.serve.service import Service
+    from grbench.serve.serving_deployment import ServingDeployment
     from grbench.serve.strategy import Strategy
 
 VERSION = "1"  # of the model, for clients that name one
@@ -86,7 +87,9 @@ def status(service: Service) -> dict[str, Any]:
         "task": deployment.task,
         "limits": deployment.limits,
         "workload": present.spec.workload.name if present else "",
-        "workload_overrides": _overrides(present.spec.workload) if present else [],
+        "workload_overrides": _overrides(_taken(present)) if present else [],
+        "max_history": present.bounds.max_history if present else 0,
+        "tasks": _tasks(present.controller) if present else [],
         "config_dir": deployment.config_dir,
         "items": present.bounds.catalogue.num_items if present else 0,
         "actions": present.bounds.catalogue.num_actions if present else 0,
@@ -104,6 +107,12 @@ def status(service: Service) -> dict[str, Any]:
         "degrade": [asdict(step) for step in deployment.degrade],
         "kernels_compiled": len(tuning.compiled()),
     }
+
+
+def _taken(present: ServingDeployment) -> WorkloadOptions:
+    """Return the workload, with no longer histories than calls may have."""
+    workload = present.spec.workload
+    return replace(workload, max_history=min(workload.max_history, present.bounds.max_history))
 
 
 def _overrides(workload: WorkloadOptions) -> list[str]:

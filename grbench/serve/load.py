@@ -65,7 +65,8 @@ def _require_servers(words: Sequence[str], jobs: Sequence[Job]) -> None:
                 if (key := repr(spec.workload)) not in catalogues:
                     catalogues[key] = _catalogue(spec.workload)
                 known = catalogues[key]
-            if asked := differences(status, spec.task, known, spec.seed, spec.model, spec.retrieval):
+            longest = spec.workload.max_history
+            if asked := differences(status, spec.task, known, longest, spec.seed, spec.model, spec.retrieval):
                 theirs = status.get("config_dir")
                 own = ["--config-dir", theirs] if theirs and theirs not in words else []  # the last one of two counts
                 again = f"; type python -m grbench load {shlex.join([*replaced(words, overrides(asked)), *own])}"

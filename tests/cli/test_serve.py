@@ -23,6 +23,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import yaml
+from helpers.checkout import ROOT
 from helpers.command import Grbench
 from helpers.forks import fork_command, printed_lines
 from helpers.serving import (
@@ -543,16 +544,27 @@ SYNTHETIC = [  # the workload of TINY, in the order of the options
     "workload=synthetic", "workload.num_candidates=8", "workload.max_history=48", "workload.users=20",
     "workload.items=500", "workload.visits=40", "workload.history_median=12",
 ]  # fmt: skip
+TASKS = "model.tasks=[engagement,retention,monetisation]"  # of hstu_tiny
 
 
 @pytest.mark.parametrize(
     "words, asked, fixed",
     [
         (["workload.items=400"], "a workload of 400 items", SYNTHETIC),
-        (["workload=ml_100k"], "a workload of 1682 items and 2 actions", SYNTHETIC),
+        (
+            ["workload=ml_100k"],
+            "a workload of 1682 items and 2 actions, histories of up to 512 events",
+            SYNTHETIC,
+        ),
+        (["workload.max_history=64"], "histories of up to 64 events", ["workload.max_history=48"]),
+        (["model.tasks=[rated]"], "model.tasks=[rated]", [TASKS]),
         (["seed=3"], "weights: random, seed 3", ["seed=0"]),
         (["seed=3", "task=generate", *SEARCH], "task=generate, weights: random, seed 3", ["task=rank", "seed=0"]),
-        (["model=hstu_0p2b", "seed=3"], "model=hstu_0p2b, weights: random, seed 3", ["model=hstu_tiny", "seed=0"]),
+        (
+            ["model=hstu_0p2b", "seed=3"],
+            "model=hstu_0p2b, weights: random, seed 3",
+            ["model=hstu_tiny", TASKS, "seed=0"],
+        ),
         (["-m", "seed=0,3"], "weights: random, seed 3", ["seed=0"]),
     ],
 )
@@ -597,9 +609,29 @@ def test_the_command_of_a_refused_load_runs(server: Serving, grbench_here: Grben
     assert record.status is Status.OK and record.spec["workload"]["name"] == "synthetic"
 
 
+@pytest.mark.usefixtures("forked_workers")
+def test_one_command_asks_a_server_for_all_of_its_trained_model(grbench_here: Grbench) -> None:
+    """The weights, their tasks and the histories of the server, for one who has typed its URL alone."""
+    weights = ROOT / "experiments/weights/ml_100k/ranker/weights.safetensors"
+    trained = ["workload=ml_100k", "workload.max_history=50", "model.tasks=[rated,liked]", f"model.weights={weights}"]
+    with serving("engine=hstu", *trained, "gate.requests=2", "serve.grpc_port=null") as server:
+        done = grbench_here("load", f"url={server.url}", *QUICK, "gate.requests=2")
+        assert done.returncode == 2
+        asked, command = done.stderr.rstrip().split("; type python -m grbench ")
+        assert asked.endswith(f"Asked was histories of up to 512 events, {TASKS}, weights: random, seed 0")
+        assert {"workload.max_history=50", *trained[2:]} <= set(shlex.split(command))
+        done = grbench_here(*shlex.split(command), "gate.quality_requests=128")
+        assert done.returncode == 0, done.stdout + done.stderr
+    [(_, record)] = read_cells([Path("outputs")])
+    assert record.status is Status.OK and record.gate["quality"]["requests"] == 128
+    steps = [line.rpartition(": ")[2].partition(" (")[0] for line in done.stderr.splitlines()]
+    asked_of = ["measuring quality of the same model in fp32", "measuring quality"]
+    assert [step for step in steps if step in asked_of] == asked_of
+
+
 def test_a_load_of_other_actions_is_refused(server: Serving, grbench_here: Grbench, tmp_path: Path) -> None:
     """The items are as many as the server's, and each of its calls would be refused or wrong."""
-    words = events(tmp_path / "log.csv", 500, "user_id,item_id,timestamp,rating")
+    words = [*events(tmp_path / "log.csv", 500, "user_id,item_id,timestamp,rating"), "workload.max_history=48"]
     done = grbench_here("load", f"url={server.url}", *words, *QUICK)
     assert done.returncode == 2 and not (tmp_path / "outputs").exists()
     assert f". Asked was a workload of 2 actions; type python -m grbench load url={server.url} " in done.stderr
@@ -627,8 +659,9 @@ def test_a_file_counts_for_each_server_of_a_load(server: Serving, grbench_here: 
 def test_a_status_of_an_older_server_is_enough(server: Serving) -> None:
     spec, trace = tiny_trace("workload.items=400")
     status = Client(server.url).status()
-    del status["workload_overrides"], status["actions"]
-    asked = differences(status, "rank", trace.catalogue, 0, spec.model, spec.retrieval)
+    for name in ("workload_overrides", "actions", "max_history", "tasks"):
+        del status[name]
+    asked = differences(status, "rank", trace.catalogue, 48, 0, spec.model, spec.retrieval)
     assert asked == [("a workload of 400 items", ["workload=synthetic"])]
     assert "serves task=rank on workload=synthetic with 500 items: hstu (" in refusal(server.url, status, asked)
 
@@ -639,10 +672,11 @@ def test_another_model_is_asked_for_with_its_weights(server: Serving) -> None:
     status = Client(server.url).status()
     status["strategies"][0]["weights"] = "theirs.safetensors"
     model = replace(spec.model, name="hstu_0p2b", weights="mine.safetensors")
-    asked = differences(status, "rank", trace.catalogue, 0, model, spec.retrieval)
-    assert asked == [("model=hstu_0p2b", ["model=hstu_tiny", "model.weights=theirs.safetensors"])]
+    asked = differences(status, "rank", trace.catalogue, 48, 0, model, spec.retrieval)
+    fixed = ["model=hstu_tiny", TASKS, "model.weights=theirs.safetensors"]
+    assert asked == [("model=hstu_0p2b", fixed)]
     typed = ["seed=0", "model=hstu_0p2b", "model.weights=mine.safetensors", "model.num_layers=2"]
-    assert replaced(typed, overrides(asked)) == ["seed=0", "model=hstu_tiny", "model.weights=theirs.safetensors"]
+    assert replaced(typed, overrides(asked)) == ["seed=0", *fixed]
 
 
 def test_a_server_of_another_task_or_seed_is_refused(server: Serving) -> None:

@@ -79,6 +79,7 @@ class RemoteEngine:
     def prepare(self, sample: Sequence[Request], max_batch: int) -> None:
         """Wait until the servers are ready. Raises UnavailableError if one is not, ValueError if one serves others."""
         self._max_batch = max_batch
+        longest = max((len(request.history_items) for request in sample), default=0)
         for place, client in enumerate(self._servers.clients):
             try:
                 client.wait_until_ready(self._options.timeout_s, self._setup.report)
@@ -88,7 +89,8 @@ class RemoteEngine:
                     f"{key_of(place)}: {e}; {KEY if e.status == UNKNOWN_CALLER else START}"
                 ) from None
             mine = self._setup
-            if asked := differences(status, self.task, mine.catalogue, mine.seed, mine.model, mine.retrieval):
+            its = (mine.catalogue, longest, mine.seed, mine.model, mine.retrieval)
+            if asked := differences(status, self.task, *its):
                 words = " ".join(overrides(asked))
                 raise ValueError(f"{key_of(place)}: {refusal(client.url, status, asked)}; set {words}")
             self._status = self._status or status

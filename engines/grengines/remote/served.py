@@ -13,11 +13,12 @@ Difference = tuple[str, list[str]]  # what is asked, and the overrides that ask 
 
 
 def differences(
-    status: dict[str, Any], task: str, catalogue: Catalogue | None, seed: int, model: Any, retrieval: Any
+    status: dict[str, Any], task: str, catalogue: Catalogue | None, longest: int, seed: int, model: Any, retrieval: Any
 ) -> list[Difference]:
     """Return what is asked and is not the server's. The gate compares the answers.
 
-    catalogue: of the workload; None: not known yet. model: has a name and weights. retrieval: has weights.
+    catalogue: of the workload; None: not known yet. longest: the most events of a history. model: has a name, weights
+    and, if it ranks, tasks. retrieval: has weights.
     status: may lack what servers of older versions do not say.
     """
     found: list[Difference] = []
@@ -26,15 +27,21 @@ def differences(
     if sizes := _other_sizes(status, catalogue):
         its = status.get("workload_overrides", [f"workload={status['workload']}"])
         found.append((f"a workload of {' and '.join(sizes)}", its))
+    if (most := status.get("max_history")) and longest > most:
+        # The overrides of another workload have its histories.
+        found.append((f"histories of up to {longest} events", [] if sizes else [f"workload.max_history={most}"]))
     theirs = sorted({one for strategy in status["strategies"] if (one := strategy["weights"])})
     parts = PARTS[status["task"]]
     given = {"model": getattr(model, "weights", None), "retrieval": getattr(retrieval, "weights", None)}
     own = "; ".join(dict.fromkeys(given[part] or f"{RANDOM}{seed}" for part in parts))
     weights = _weights(theirs[0], parts, given) if theirs else []
     models = sorted({strategy.get("model", model.name) for strategy in status["strategies"]})
-    if model.name not in models:  # the weights of the one that was asked for do not fit
+    columns = [f"model.tasks=[{','.join(status['tasks'])}]"] if status.get("tasks") else []
+    if model.name not in models:  # the weights and the tasks of the one that was asked for do not fit
         file = [word for word in weights if word.startswith("model.")]
-        found.append((f"model={model.name}", [f"model={models[0]}", *file]))
+        found.append((f"model={model.name}", [f"model={models[0]}", *columns, *file]))
+    elif columns and status["tasks"] != (tasks := list(getattr(model, "tasks", []))):
+        found.append((f"model.tasks=[{','.join(tasks)}]", columns))
     if theirs and _random(own) not in map(_random, theirs):
         found.append((f"weights: {own}", weights))
     return found
