@@ -136,7 +136,9 @@ class RunRecord(LoggedRow):
 
     def to_json(self) -> str:
         self._require_gate()  # metrics may have been added since
-        return json.dumps(finite(asdict(self)), indent=1, sort_keys=True)
+        # Few labelled requests can leave a figure without one: no positives among them, say.
+        known = {name: ends for name, ends in self.intervals.items() if all(map(math.isfinite, ends))}
+        return json.dumps(finite(asdict(self) | {"intervals": known}), indent=1, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str, where: str = "record") -> RunRecord:

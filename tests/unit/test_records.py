@@ -41,6 +41,15 @@ def test_a_record_comes_back_from_its_file(tmp_path: Path) -> None:
     assert [folder for folder, _ in records.find(tmp_path)] == [tmp_path]
 
 
+def test_a_figure_without_finite_ends_has_no_interval_in_its_file(tmp_path: Path) -> None:
+    """A task without positives among few labelled requests has a loss of NaN, with such an interval."""
+    nan = {"quality/loss/liked/auc": math.nan}
+    record = RunRecord(**WHOLE | {"metrics": WHOLE["metrics"] | nan})
+    record.intervals = record.intervals | {name: [math.nan, math.nan] for name in nan}
+    records.save(record, tmp_path)
+    assert records.load(tmp_path).intervals == WHOLE["intervals"]
+
+
 @pytest.mark.parametrize("gate", [{}, FAILED, {"passed": 1}, {"passed": "true"}])
 @pytest.mark.parametrize(
     ("field", "values"),
