@@ -201,6 +201,15 @@ def samples_for_interval(percent: float) -> int:
     return math.ceil(math.log(tail) / math.log(max(q, 1 - q)))
 
 
+def surely_beyond(intervals: Mapping[str, Sequence[float]], percent: float, bound_ms: float) -> bool:
+    """Return True if the lower end of the interval of a percentile of the latency is above a bound.
+
+    A percentile is at least as large as a smaller one, so that one's lower end counts too.
+    """
+    names = [f"latency_ms/p{p:g}" for p in PERCENTILES if p <= percent]
+    return any(name in intervals and intervals[name][0] > bound_ms for name in names)
+
+
 def overloaded(metrics: Mapping[str, float]) -> bool:
     """Return True if fewer requests a second are answered than are offered: the queue grows."""
     offered = metrics.get("offered_rps")

@@ -70,8 +70,7 @@ class PipelineGate:
         answers: list[Answer] = []
         for batch in batches(self._retrieve.sample, max_batch):
             result = engine.recommend(list(batch))
-            if problem := self.form.problem(batch, result):
-                raise IncorrectError(f"in a batch of {len(batch)}: {problem}")
+            self.form.require(batch, result)
             answers += [
                 Answer(request, items, scores, len(answers) + i, len(batch), i, Cached(), "")
                 for i, (request, items, scores) in enumerate(zip(batch, result.items, result.scores, strict=True))

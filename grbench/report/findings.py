@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from grbench.execution.records import RunRecord
-from grbench.execution.stats import PERCENTILES, SHORTEST_S, WORTH, overloaded, requests_for_interval
+from grbench.execution.stats import PERCENTILES, SHORTEST_S, WORTH, overloaded, requests_for_interval, surely_beyond
 from grbench.report.cells import figure, flatten, knobs, labels, named, short_paths, shown, with_interval
 from grbench.report.repeats import P99_NEEDS, estimate, latest_by_seed, pooled, ranking_percentile
 from grbench.report.work import (
@@ -139,12 +139,11 @@ def limit_verdict(record: RunRecord) -> str:
     p99 = record.metrics.get("latency_ms/p99") if record.ok else None
     if scenario_of(record) == "offline" or limit is None or p99 is None:
         return "-"
-    low, high = record.intervals.get("latency_ms/p99", [0.0, float("inf")])
+    _, high = record.intervals.get("latency_ms/p99", [0.0, float("inf")])
     if high <= limit:
         return "yes"
-    low = max(low, *(record.intervals.get(f"latency_ms/p{p:g}", [0.0])[0] for p in PERCENTILES if p < 99))
     behind = overloaded(record.metrics) and record.metrics["latency_ms/p50"] > limit
-    return "no" if low > limit or behind else "unsure"
+    return "no" if behind or surely_beyond(record.intervals, 99.0, limit) else "unsure"
 
 
 def _finding(group: list[RunRecord]) -> Finding:

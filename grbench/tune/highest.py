@@ -69,12 +69,12 @@ class HighestRate:
 
     def _waits(self, trial: Trial, step: int) -> bool:
         """Return True if a trial that broke some rates waits, because another, not yet probed, should carry more."""
-        others = [t for t in self._knowledge.trials if not (t.failed or t.verdicts)]
-        better = any(self._knowledge.expected(other) > step + COARSE for other in others)
-        if len(trial.verdicts) < PATIENCE or self.put_off is not None or not better:
+        if self.put_off is not None or len(trial.verdicts) < PATIENCE:
             return False
-        self.put_off = id(trial)
-        return True
+        others = [t for t in self._knowledge.trials if not (t.failed or t.verdicts)]
+        if any(self._knowledge.expected(other) > step + COARSE for other in others):
+            self.put_off = id(trial)
+        return self.put_off is not None
 
     def settled(self, trial: Trial) -> bool:
         """Return True if the rate of the best is bracketed and confirmed, or no longer probe would confirm it."""

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from grbench.config.schema import ConfigError, no_such_key
-from grbench.execution.stats import PART_PERCENTILES, PERCENTILES, overloaded
+from grbench.execution.stats import PART_PERCENTILES, PERCENTILES, overloaded, surely_beyond
 from grbench.quality.lists import NEW
 from grbench.quality.metrics import CUTOFFS
 from grbench.tune.outcome import Outcome
@@ -77,10 +77,9 @@ class Limit:
         """Judge an outcome that is OK.
 
         A percentile of the latency keeps its limit only if the upper end of its 95% interval is below, and breaks it
-        only if the lower end is above, or if the queue grows. A percentile is at least as large as a smaller one, so
-        that one's lower end breaks it too. Another figure breaks its limit by itself: longer probes do not make its
-        interval narrower, and that of a part of the latency has none. Raises ConfigError for a metric that the outcome
-        lacks.
+        only if it is `surely_beyond`, or if the queue grows. Another figure breaks its limit by itself: longer probes
+        do not make its interval narrower, and that of a part of the latency has none. Raises ConfigError for a metric
+        that the outcome lacks.
         """
         if self.percent is None:
             if self.metric not in outcome.metrics:
@@ -95,8 +94,7 @@ class Limit:
         interval = outcome.intervals.get(self.metric)
         if interval is not None and interval[1] <= self.bound:
             return Verdict.KEPT
-        lower = [f"latency_ms/p{p:g}" for p in PERCENTILES if p <= self.percent]
-        if any(name in outcome.intervals and outcome.intervals[name][0] > self.bound for name in lower):
+        if surely_beyond(outcome.intervals, self.percent, self.bound):
             return Verdict.BROKEN
         found = outcome.metrics.get(self.metric)
         if found is None:

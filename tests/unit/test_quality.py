@@ -250,13 +250,17 @@ def test_the_seconds_of_answers_leave_out_what_fills_the_cache() -> None:
     assert len(scores) == 8 and filled == 2 and 0 < seconds < 0.05
 
 
+def trace_of(users: int) -> Trace:
+    """Return visits with 8 candidates, each user's 25 of 40 items in an order drawn at random."""
+    rng = np.random.default_rng(4)
+    events = events_of(*[rng.permutation(40)[:25].tolist() for _ in range(users)], items=40)
+    workload = RecordedConfig("any", num_candidates=8)
+    return build_trace(events, find_visits(events, workload), workload, 0, 1.0)
+
+
 def test_scores_that_are_no_numbers_have_no_quality() -> None:
     """They would have no loss: it is compared with a limit, as figures of NaN can't be."""
-    rng = np.random.default_rng(4)
-    events = events_of(*[rng.permutation(40)[:25].tolist() for _ in range(8)], items=40)
-    workload = RecordedConfig("any", num_candidates=8)
-    trace = build_trace(events, find_visits(events, workload), workload, 0, 1.0)
-    rankings = Rankings.of(trace, ["rated"], 5, seed=0)
+    rankings = Rankings.of(trace_of(8), ["rated"], 5, seed=0)
     assert rankings is not None
 
     def rank(requests: list[Request]) -> Any:
@@ -271,10 +275,7 @@ def test_scores_that_are_no_numbers_have_no_quality() -> None:
 
 def test_baselines_of_scores() -> None:
     """Items below 6 are rated by everyone who sees them, the others never; and no past repeats."""
-    rng = np.random.default_rng(4)
-    events = events_of(*[rng.permutation(40)[:25].tolist() for _ in range(30)], items=40)
-    workload = RecordedConfig("any", num_candidates=8)
-    trace = build_trace(events, find_visits(events, workload), workload, 0, 1.0)
+    trace = trace_of(30)
     rankings = Rankings.of(trace, ["rated"], 100, seed=0)
     assert rankings is not None and len(rankings.requests) == 100
     assert Rankings.of(trace, ["bought"], 100, seed=0) is None
@@ -297,10 +298,7 @@ def test_baselines_of_scores() -> None:
 
 def test_the_means_of_items_are_of_the_latest_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recorded data has millions of requests, of which each would be made."""
-    rng = np.random.default_rng(4)
-    events = events_of(*[rng.permutation(40)[:25].tolist() for _ in range(8)], items=40)
-    workload = RecordedConfig("any", num_candidates=8)
-    found = Rankings.of(build_trace(events, find_visits(events, workload), workload, 0, 1.0), ["rated"], 5, seed=0)
+    found = Rankings.of(trace_of(8), ["rated"], 5, seed=0)
     assert found is not None and found.indices.start > 20
     looked: list[int] = []
 
