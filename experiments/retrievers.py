@@ -50,7 +50,10 @@ MODELS = {
     HSTU: ["model.layers=2", "model.heads=2"],
     LIKE_SASREC: ["model=decoder_tiny", "model.layers=2", "model.heads=2", "model.kv_heads=2"],
 }
-TIMED = "model.position_bias=true model.time_bias=129 model.scaling_seqlen=50"
+BIASED = "model.position_bias=true model.time_bias=129"
+TIMED = f"{BIASED} model.scaling_seqlen=50"
+LONG = "workload.max_history=200 model.max_positions=200"
+LONG_TIMED = f"{BIASED} model.scaling_seqlen=200"
 RESEARCH = "model.variant=research model.scaling_seqlen=50 training.temperature=0.05"
 NARROW, WIDE = "model.mlp_dim=128", "model.mlp_dim=256"
 
@@ -69,6 +72,12 @@ TRIALS = (
     Trial("training.dropout=0.2 training.rate=4e-3", TIMED, NARROW),
     Trial("training.dropout=0.2 training.rate=4e-3", RESEARCH, WIDE),
     Trial("training.dropout=0.1 training.rate=4e-3", TIMED, WIDE),
+    Trial("training.dropout=0.2 training.rate=4e-3 training.epochs=30", TIMED, WIDE),
+    Trial("training.dropout=0.3 training.rate=4e-3 training.epochs=30 training.blanks=0.1", TIMED, WIDE),
+    Trial("training.dropout=0.2 training.rate=4e-3 training.epochs=20 model.layers=4", TIMED, NARROW),
+    Trial(f"{LONG} training.dropout=0.2 training.rate=4e-3", LONG_TIMED, WIDE),
+    Trial(f"{LONG} training.dropout=0.2 training.rate=4e-3 training.epochs=20 model.layers=4", LONG_TIMED, NARROW),
+    Trial(f"{LONG} training.dropout=0.3 training.rate=4e-3 training.epochs=30", LONG_TIMED, WIDE),
 )
 FIGURES = (f"hr{K}", f"ndcg{K}")
 
