@@ -3,7 +3,7 @@
     python -m grbench study=tune_grid
     python experiments/tune_regret.py --grid outputs/studies/tune_grid
 
-The grid is a folder of offline cells, one for each configuration. docs/TUNING.md says how a replay draws latencies.
+The grid is a folder of offline cells, one for each configuration. docs/SEARCHES.md says how a replay draws latencies.
 With --out it also writes OUT/regret.html, with a chart of the regrets and one of the best rate of each batch size by
 kernel, precision and graphs. OUT/grid/results.json is then the grid itself, with at most 128 batches of each
 configuration: it is small enough to be kept, and `--grid OUT/grid` replays from it.
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows.note(f"{total} configurations; the best is {best.name} with {truths[best]:.4g} requests/s within {args.limit}")
     rows.note(
         f"columns with % alone are mean regrets of {args.seeds} seeds, after that share of as many cells as there are "
-        "configurations; docs/TUNING.md says what the others are"
+        "configurations; docs/SEARCHES.md says what the others are"
     )
     for line in best_batches(flips):
         rows.note(line)

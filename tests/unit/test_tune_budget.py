@@ -274,7 +274,7 @@ def test_a_machine_with_bursts_of_other_work_certifies_where_tries_leave_room_fo
 ) -> None:
     """Batches take five times as long in 2 of 21 spans of 5 s, so that a run with a burst has a p99 of seconds.
 
-    Of these seeds 14 alone is certified if no try is lowered so that another one has room. docs/TUNING.md has the
+    Of these seeds 14 alone is certified if no try is lowered so that another one has room. docs/SEARCHES.md has the
     shares of seeds 1 to 16.
     """
     words, most, built = setup
