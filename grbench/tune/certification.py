@@ -52,7 +52,7 @@ def reserve(knowledge: Knowledge, evaluator: Evaluator) -> float:
     """Return the share of the budget that certifies the best so far, after one that fails if that is `SHARE` at most.
 
     So two tries have three runs, because a figure beyond its limit in the first ends one. Room for four did not certify
-    more often (docs/SEARCHES.md). The second may become the best again, so that there is room for it, too, if it is near.
+    more often (docs/SEARCHES.md). The second may become the best again, so there is room for it, too, if it is near.
     Returns 0 if it would leave too little of the budget for the search, or if too little is left to certify anything:
     the search then goes on, and the answer says what is missing.
     """
