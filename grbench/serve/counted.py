@@ -31,7 +31,7 @@ class Counted:
 
     def __enter__(self) -> Counted:
         metrics = self._service.metrics
-        metrics.in_flight.inc()
+        metrics.in_flight += 1
         if owner := self._headers.get(OWNER_HEADER):
             metrics.route(self._service.config.replica, owner)
         return self
@@ -42,7 +42,7 @@ class Counted:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         service, ended = self._service, time.perf_counter()
-        service.metrics.in_flight.dec()
+        service.metrics.in_flight -= 1
         status = status_of(error, service)
         strategy = self._facts["strategy"] if status == 200 else ""
         took_s, post_s = ended - self.begun, ended - self._computed

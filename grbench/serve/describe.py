@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 VERSION = "1"  # of the model, for clients that name one
 PLATFORM = "grbench"
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "statistics"]
+NO_HITS = dict.fromkeys(("device", "host", "storage", "miss"), 0)  # requests by where the state was
 
 
 def model_metadata(service: Service, model: str, version: str) -> dict[str, Any]:
@@ -58,20 +59,25 @@ def model_config(service: Service, model: str, version: str) -> dict[str, Any]:
 def model_statistics(service: Service, model: str, version: str) -> dict[str, Any]:
     """Return the statistics of the model in Triton's form. Raises RefusedError."""
     service.serving(model, version)
-    figures = service.figures
+    sums = service.metrics.sums()
+    calls, failed, requests = (
+        int(sums[f"inference_{name}"]) for name in ("request_success", "request_failure", "count")
+    )
+    parts = ("request", "queue", "compute_input", "compute_infer", "compute_output")
+    ns = {name: int(sums[f"inference_{name}_duration_us"] * 1e3) for name in parts}
     duration = {
-        "success": {"count": figures.calls, "ns": figures.ns["total"]},
-        "fail": {"count": figures.failed, "ns": 0},
-        "queue": {"count": figures.requests, "ns": figures.ns["queue"]},
-        "compute_input": {"count": figures.requests, "ns": figures.ns["input"]},
-        "compute_infer": {"count": figures.requests, "ns": figures.ns["infer"]},
-        "compute_output": {"count": figures.calls, "ns": figures.ns["output"]},
+        "success": {"count": calls, "ns": ns["request"]},
+        "fail": {"count": failed, "ns": 0},
+        "queue": {"count": requests, "ns": ns["queue"]},
+        "compute_input": {"count": requests, "ns": ns["compute_input"]},
+        "compute_infer": {"count": requests, "ns": ns["compute_infer"]},
+        "compute_output": {"count": calls, "ns": ns["compute_output"]},
     }
     return {
         "name": model,
         "version": VERSION,
-        "last_inference": figures.last_ms,
-        "inference_count": figures.requests,
+        "last_inference": service.last_ms,
+        "inference_count": requests,
         "execution_count": sum(one.batches for one in service.metrics.answered.values()),
         "inference_stats": duration,
     }
@@ -79,8 +85,8 @@ def model_statistics(service: Service, model: str, version: str) -> dict[str, An
 
 def status(service: Service) -> dict[str, Any]:
     """Return what the page shows."""
-    present, figures, deployment = service.present, service.figures, service.deployment
-    newest = figures.newest_ms or [0.0]
+    present, deployment, metrics = service.present, service.deployment, service.metrics
+    newest, sums = service.newest_ms or [0.0], metrics.sums()
     return {
         "version": __version__,
         "model": service.model,
@@ -95,13 +101,13 @@ def status(service: Service) -> dict[str, Any]:
         "actions": present.bounds.catalogue.num_actions if present else 0,
         "state": "draining" if service.draining else "ready" if service.ready else "not ready",
         "up_s": round(time.monotonic() - service.begun, 1),
-        "calls": figures.calls,
-        "failed": figures.failed,
-        "shed": figures.shed,
+        "calls": int(sums["inference_request_success"]),
+        "failed": int(sums["inference_request_failure"]),
+        "shed": int(sum(one.value for (status, _), one in metrics.requests.by.items() if status == "429")),
         "pending": present.controller.pending if present else 0,
         "latency_ms": {f"p{q:g}": round(percentile(newest, q), 3) for q in (50, 90, 99)},
-        "latency_of": len(figures.newest_ms),
-        "hits": figures.hits,
+        "latency_of": len(service.newest_ms),
+        "hits": NO_HITS | {tier: int(one.value) for (tier,), one in metrics.hits.by.items()},
         "users": len(present.states) if present else 0,
         "strategies": [_strategy(s) for s in present.controller.strategies] if present else [],
         "degrade": [asdict(step) for step in deployment.degrade],

@@ -17,8 +17,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from grbench.deployment import Step
 from grbench.execution.heap import in_use
+from grbench.serve.tallies import Counts, Spreads
 
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PARTS = ("flight", "behind", "pack", "load", "compute")  # of the time of a batch
 STAGES = ("queue", "pack", "load", "compute", "post")
 
@@ -67,19 +69,16 @@ class Metrics:
         self.registry = CollectorRegistry()
         buckets = sorted({*SECONDS, *([limit_s] if limit_s else [])})
         own: dict[str, Any] = {"registry": self.registry}
-        self.requests = Counter("grbench_requests", "Calls by status and strategy", ["status", "strategy"], **own)
-        self.duration = Histogram(
+        self.requests = Counts("grbench_requests", "Calls by status and strategy", ["status", "strategy"], **own)
+        self.duration = Spreads(
             "grbench_request_duration_seconds", "Calls from the first byte to the answer, by outcome", ["outcome"],
-            buckets=buckets, **own,
+            buckets, **own,
         )  # fmt: skip
-        self.stages = Histogram(
-            "grbench_stage_duration_seconds", "Stages of a request", ["stage"], buckets=buckets, **own
+        self.stages = Spreads("grbench_stage_duration_seconds", "Stages of a request", ["stage"], buckets, **own)
+        self.batch_size = Spreads(
+            "grbench_batch_size", "Requests of the batch of each request", ["strategy"], BATCHES, **own
         )
-        self.batch_size = Histogram(
-            "grbench_batch_size", "Requests of the batch of each request", ["strategy"],
-            buckets=[1, 2, 4, 8, 16, 32, 64, 128, 256], **own,
-        )  # fmt: skip
-        self.choices = Counter(
+        self.choices = Counts(
             "grbench_choices", "Requests by the strategy that was chosen and why", ["strategy", "reason"], **own
         )
         self.fallbacks = Counter(
@@ -91,7 +90,7 @@ class Metrics:
             ["step", "loss", "part"], **own,
         )  # fmt: skip
         self.shed = Counter("grbench_shed", "Requests refused under load", ["reason"], **own)
-        self.hits = Counter("grbench_state_hits", "Requests by where the user's state was", ["tier"], **own)
+        self.hits = Counts("grbench_state_hits", "Requests by where the user's state was", ["tier"], **own)
         self.gate_error = Histogram(
             "grbench_gate_error",
             "Error of sampled answers against the fp32 reference, as a share of what is allowed",
@@ -109,12 +108,12 @@ class Metrics:
         self.appends = Counter("grbench_appends", "Calls that append events, by status", ["status"], **own)
         self.events = Counter("grbench_state_events", "Appended events of users", **own)
         self.reloads = Counter("grbench_reloads", "Reloads of the deployment by outcome", ["outcome"], **own)
-        self._stages = [self.stages.labels(stage) for stage in STAGES]  # the look-up takes most of an observation
+        self._stages = [self.stages.by[stage,] for stage in STAGES]
         ProcessCollector(registry=self.registry)
-        self._triton = dict.fromkeys(TRITON, 0.0)
         self.answered: defaultdict[str, Answered] = defaultdict(Answered)  # by name of a strategy, also of former ones
         self.gpu: Mapping[str, float] = {}  # what NVML has read for this answer, by names of a record
-        self.in_flight = Gauge("grbench_inflight", "Calls in the server", **own)
+        self.in_flight = 0  # calls
+        Gauge("grbench_inflight", "Calls in the server", **own).set_function(lambda: self.in_flight)
 
     def watch(
         self,
@@ -127,7 +126,7 @@ class Metrics:
         state: of each strategy. model: its name and version.
         """
         self.registry.register(_Live(state, users, self.answered))
-        self.registry.register(_Triton(self._triton, self.answered, state, model))
+        self.registry.register(_Triton(self.sums, self.answered, state, model))
         self.registry.register(_TritonGpu(lambda: self.gpu))
 
     def show_steps(self, steps: Iterable[Step]) -> None:
@@ -145,13 +144,10 @@ class Metrics:
         post_s: what it took after the engine's answer.
         """
         outcome = "answered" if status == 200 else "refused" if status < 500 else "failed"
-        self.requests.labels(str(status), ",".join(sorted(set(strategy.split(","))))).inc()
-        self.duration.labels(outcome).observe(took_s)
-        self._triton["inference_request_success" if status == 200 else "inference_request_failure"] += 1
+        self.requests.by[str(status), ",".join(sorted(set(strategy.split(","))))].value += 1
+        self.duration.by[outcome,].observe(took_s)
         if status == 200:
             self._stages[-1].observe(post_s)
-            self._triton["inference_request_duration_us"] += took_s * 1e6
-            self._triton["inference_compute_output_duration_us"] += post_s * 1e6
 
     def route(self, replica: int, owner: str) -> None:
         """Count a call of a user. owner: the header of `grbench.serve.haproxy` about the user's replica."""
@@ -161,16 +157,32 @@ class Metrics:
 
     def hit(self, tier: str) -> None:
         """Count where the user's state of an answered request was. tier: device, host, storage or miss."""
-        self.hits.labels(tier).inc()
-        self._triton[f"cache_num_{'misses' if tier == 'miss' else 'hits'}_per_model"] += 1
+        self.hits.by[tier,].value += 1
 
     def observe(self, queue_ms: float, pack_ms: float, load_ms: float, compute_ms: float) -> None:
         """Take the stages of one answered request."""
         for stage, ms in zip(self._stages, (queue_ms, pack_ms, load_ms, compute_ms), strict=False):
             stage.observe(max(ms, 0.0) / 1e3)
-        self._triton["inference_count"] += 1
-        for name, ms in (("queue", queue_ms), ("compute_input", pack_ms + load_ms), ("compute_infer", compute_ms)):
-            self._triton[f"inference_{name}_duration_us"] += max(ms, 0.0) * 1e3
+
+    def sums(self) -> dict[str, float]:
+        """Return the values of Triton's counters, by their names in TRITON."""
+        us = {stage: one.sum * 1e6 for stage, one in zip(STAGES, self._stages, strict=True)}
+        ok = [one.value for (status, _), one in self.requests.by.items() if status == "200"]
+        misses = [one.value for (tier,), one in self.hits.by.items() if tier == "miss"]
+        return {
+            "inference_request_success": sum(ok),
+            "inference_request_failure": sum(one.value for one in self.requests.by.values()) - sum(ok),
+            "inference_count": self._stages[0].count,
+            "inference_request_duration_us": sum(
+                one.sum * 1e6 for (outcome,), one in self.duration.by.items() if outcome == "answered"
+            ),
+            "inference_queue_duration_us": us["queue"],
+            "inference_compute_input_duration_us": us["pack"] + us["load"],
+            "inference_compute_infer_duration_us": us["compute"],
+            "inference_compute_output_duration_us": us["post"],
+            "cache_num_hits_per_model": sum(one.value for one in self.hits.by.values()) - sum(misses),
+            "cache_num_misses_per_model": sum(misses),
+        }
 
 
 class _Live:
@@ -229,7 +241,7 @@ class _Triton:
 
     def __init__(
         self,
-        sums: dict[str, float],
+        sums: Callable[[], Mapping[str, float]],
         answered: Mapping[str, Answered],
         state: Callable[[], Iterable[StrategyFigures]],
         model: Callable[[], tuple[str, str]],
@@ -238,7 +250,7 @@ class _Triton:
 
     def collect(self) -> Iterator[Metric]:
         labels = dict(zip(("model", "version"), self._model(), strict=True))
-        counted = {name: (TRITON[name], value) for name, value in self._sums.items()}
+        counted = {name: (TRITON[name], float(value)) for name, value in self._sums().items()}
         counted["inference_exec_count"] = ("batches", float(sum(one.batches for one in self._answered.values())))
         pending = sum(one.pending for one in self._state())
         counted["inference_pending_request_count"] = ("requests waiting", float(pending))

@@ -7,7 +7,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from grbench.deployment import Deployment
@@ -42,20 +41,6 @@ KEPT_LATENCIES = 2048  # of the newest calls, for the page
 GIVE_BACK_S = 60.0  # between two times at which free memory is given back: each holds the threads up for milliseconds
 
 
-@dataclass
-class Figures:
-    """Sums for Triton's statistics and the page."""
-
-    calls: int = 0
-    failed: int = 0
-    requests: int = 0
-    ns: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("total", "queue", "input", "infer", "output"), 0))
-    last_ms: int = 0
-    newest_ms: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_LATENCIES))
-    hits: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("device", "host", "storage", "miss"), 0))
-    shed: int = 0
-
-
 class Service:
     """The strategies of the present deployment, and the state that outlives a reload."""
 
@@ -67,7 +52,8 @@ class Service:
         self._load, self._source = load, source
         self.deployment = deployment
         self.metrics = Metrics(_limit_s(deployment))
-        self.figures = Figures()
+        self.last_ms = 0  # when the newest call ended, milliseconds of the epoch
+        self.newest_ms: deque[float] = deque(maxlen=KEPT_LATENCIES)
         self.draining = False
         self.begun = time.monotonic()
         self.present: ServingDeployment | None = None
@@ -235,36 +221,23 @@ class Service:
         return math.inf if limit_s is None else limit_s
 
     def _count(self, controller: Controller, answer: Answer) -> None:
-        done, figures = answer.done, self.figures
-        self.metrics.choices.labels(answer.strategy, answer.reason).inc()
+        done = answer.done
+        self.metrics.choices.by[answer.strategy, answer.reason].value += 1
         if answer.degraded:
             self.metrics.degraded.labels(answer.degraded).inc()
         self.metrics.observe(done.queue_ms, done.pack_ms, done.load_ms, done.compute_ms)
-        self.metrics.batch_size.labels(answer.strategy).observe(done.batch_size)
+        self.metrics.batch_size.by[answer.strategy,].observe(done.batch_size)
         strategy = next(s for s in controller.strategies if s.name == answer.strategy)
         if strategy.spec.cache.name != "none":
-            tier = tier_of(done.cached)
-            self.metrics.hit(tier)
-            figures.hits[tier] += 1
-        figures.requests += 1
-        parts = (done.queue_ms, done.pack_ms + done.load_ms, done.compute_ms)
-        for name, ms in zip(("queue", "input", "infer"), parts, strict=True):
-            figures.ns[name] += int(ms * 1e6)
+            self.metrics.hit(tier_of(done.cached))
         self._gate.take(strategy, done)
 
     def finished(self, status: int, strategy: str, took_s: float, post_s: float) -> None:
         """Count a call that has ended, with what it took, and of that after the engine's answer."""
         self.metrics.ended(status, strategy, took_s, post_s)
-        figures = self.figures
-        figures.last_ms = int(time.time() * 1e3)
+        self.last_ms = int(time.time() * 1e3)
         if status == 200:
-            figures.calls += 1
-            figures.ns["total"] += int(took_s * 1e9)
-            figures.ns["output"] += int(post_s * 1e9)
-            figures.newest_ms.append(took_s * 1e3)
-        else:
-            figures.failed += 1
-            figures.shed += status == 429
+            self.newest_ms.append(took_s * 1e3)
 
     def _live(self) -> list[StrategyFigures]:
         return [

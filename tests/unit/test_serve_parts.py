@@ -14,7 +14,7 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -28,7 +28,7 @@ from helpers.checkout import ROOT
 from helpers.serving import certificate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from uvicorn.server import ServerState
 
 from grbench.config.compose import compose_spec
@@ -45,6 +45,7 @@ from grbench.serve.protocol import DTYPES, INLINE, number_of, parse_call, shape_
 from grbench.serve.requests import INPUTS, Bounds, decode, events_of
 from grbench.serve.rpc import Rpc, messages
 from grbench.serve.state import Histories, History
+from grbench.serve.tallies import Counts, Spreads
 from grengines.api import Catalogue, Request, Setup
 from grengines.cache.config import CacheConfig
 from grengines.remote.client import Client
@@ -232,6 +233,31 @@ def test_metrics_have_the_names_of_triton_and_outcomes() -> None:
     assert re.findall(r"grbench_host_loops_info{(.*)} 1.0", text) == [
         'loops="C",reason="",strategy="a"', 'loops="NumPy",reason="a: b",strategy="b"'
     ]  # fmt: skip
+
+
+def test_tallies_are_written_as_the_library_writes_its_own() -> None:
+    """Values at a bound and above the last one too."""
+    bounds, values = [0.001, 0.5, 1, 5], [0.0, 0.001, 0.2, 1.0, 1.5, 7.0]
+
+    def written(count: Callable[[CollectorRegistry], None]) -> list[str]:
+        count(registry := CollectorRegistry())
+        lines = sorted(generate_latest(registry).decode().splitlines())
+        return [re.sub(r"(_created.*) \S+$", r"\1", line) for line in lines]
+
+    def ours(registry: CollectorRegistry) -> None:
+        Counts("calls", "Calls", ["status", "strategy"], registry).by["200", 'a"b'].value += 1
+        spreads = Spreads("seconds", "Seconds", ["stage"], bounds, registry)
+        for value in values:
+            spreads.by["queue",].observe(value)
+        assert spreads.by["queue",].count == len(values)
+
+    def its(registry: CollectorRegistry) -> None:
+        Counter("calls", "Calls", ["status", "strategy"], registry=registry).labels("200", 'a"b').inc()
+        histogram = Histogram("seconds", "Seconds", ["stage"], buckets=bounds, registry=registry)
+        for value in values:
+            histogram.labels("queue").observe(value)
+
+    assert written(ours) == written(its)
 
 
 class _Ready:
