@@ -85,7 +85,9 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
     failures = [f"{trial.configuration.name} at {trial.refuted}" for trial in knowledge.trials if trial.refuted]
     lacks: list[tuple[Trial, int, str]] = []  # what the budget lacks for each that it has no room for
     beyond = False  # a figure was beyond its limit
-    candidates = [Candidate(knowledge, evaluator, trial) for trial in knowledge.ranking()]
+    goal = knowledge.goal
+    open_ = (trial for trial in knowledge.ranking() if not _at_every_rate(goal, trial.refuted))
+    candidates = [Candidate(knowledge, evaluator, trial) for trial in open_]
     while candidates:
         candidate = max(candidates, key=Candidate.score)
         if lack := candidate.missing():
@@ -103,9 +105,8 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
             return result
         candidate.trial.refute(result)
         failures.append(f"{candidate.trial.configuration.name} at {result}")
-        found, limits = result.outcome, knowledge.goal.limits
-        if found.ok and judge([limit for limit in limits if limit.static], found)[0] is not Verdict.KEPT:
-            candidates.remove(candidate)  # no other rate proves it either
+        if _at_every_rate(goal, result):
+            candidates.remove(candidate)
             continue
         within = result.verdict is Verdict.LIKELY
         beyond = beyond or not within
@@ -116,6 +117,13 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
     last = [failure for failure in failures[-1:] if failure != said]
     knowledge.uncertified = "; ".join([*_first_open(lacks), *last])
     return None
+
+
+def _at_every_rate(goal: Goal, refutation: Refutation | None) -> bool:
+    """Return True if a rate failed by a limit that does not depend on the rate: no other one proves it either."""
+    if refutation is None or not refutation.outcome.ok:
+        return False
+    return judge([limit for limit in goal.limits if limit.static], refutation.outcome)[0] is not Verdict.KEPT
 
 
 def _first_open(lacks: Sequence[tuple[Trial, int, str]]) -> list[str]:

@@ -8,6 +8,7 @@ measures the best again. All measure by an `Evaluator` only.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -69,6 +70,23 @@ class Search:
                 pass  # a failed step may make another trial the best
             if self._screen:
                 self._runners_up()
+
+    def go_on(self) -> bool:
+        """Find the rates of the next best configurations that keep none yet, until one of them keeps the limits.
+
+        It is for a search whose best failed its certification: the others were probed offline, and at a rate only above
+        that of the best. Returns True if one keeps the limits now. If the best has not failed, the budget has no room
+        to certify it, and nothing is probed.
+        """
+        best, trials = self._knowledge.incumbent, self._knowledge.trials
+        if best is not None and best.refuted is None:
+            return False
+        open_ = [t for t in trials if t.offline is not None and t.low is None and not (t.failed or t.refuted)]
+        open_.sort(key=self._knowledge.expected, reverse=True)
+        tried = itertools.takewhile(lambda trial: all(other.low is None for other in open_), open_)
+        with contextlib.suppress(BudgetSpentError):
+            self._run_each(self._highest.find(trial, alone=True) for trial in tried)
+        return any(trial.low is not None for trial in open_)
 
     def try_each(self, configurations: Iterable[Configuration]) -> None:
         """Try configurations, each once there is a place. Raises BudgetSpentError."""

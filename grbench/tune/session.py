@@ -113,10 +113,14 @@ class TuneSession:
         return code
 
     def _certify(self) -> Certificate | None:
+        """Certify the best. Where no rate of it passes, the search goes on with the next best ones."""
         if not self._declared.goal.runs:
             self._knowledge.uncertified = "certify_runs=0 asks for no others"
             return None
-        return certify(self._knowledge, self._evaluator, self._show)
+        certificate = certify(self._knowledge, self._evaluator, self._show)
+        while certificate is None and self._search.go_on():
+            certificate = certify(self._knowledge, self._evaluator, self._show)
+        return certificate
 
     def _measure_steps(self, found: Answer) -> None:
         """Measure configurations one step from the winner while the budget lasts, so that each step has a cost."""

@@ -615,7 +615,9 @@ def test_a_loss_that_is_not_proven_ends_the_tries_of_a_configuration() -> None:
     Search(search, ALL[:1], evaluator, Listed(ALL[:1])).run()
     before = len(evaluator.probes)
     assert search.ranking() and certify(search, evaluator) is None
+    measured = len(evaluator.probes)
     assert len({probe.rate for _, probe in evaluator.probes[before:]}) == 1
+    assert search.ranking() and certify(search, evaluator) is None and len(evaluator.probes) == measured
     found = answer.answer(search, None)
     assert found is not None and "quality.auc_loss 0% [-1%, 1%], likely kept" in answer.sentence(found)
 
@@ -895,10 +897,13 @@ def test_a_step_that_keeps_the_limits_is_the_answer_where_every_rate_of_the_winn
     usual = evaluator.outcome
 
     def slower_offline(configuration: Configuration, probe: Probe) -> Outcome:
-        """Let the first probe at a rate of the others keep the limits."""
+        """Let the others fail before the first certifies, and after that keep the limits at their first rate."""
         found = usual(configuration, probe)
-        slower = probe.rate is None and configuration != first
-        return dataclasses.replace(found, metrics={**found.metrics, "throughput_rps": 200.0}) if slower else found
+        if configuration == first or probe.rate is not None:
+            return found
+        if not any(run.seed for _, run in evaluator.probes):
+            return Outcome("OOM", error="as planned")
+        return dataclasses.replace(found, metrics={**found.metrics, "throughput_rps": 200.0})
 
     monkeypatch.setattr(evaluator, "outcome", slower_offline)
     monkeypatch.setattr(session, "LiveEvaluator", lambda *given: evaluator)
@@ -916,6 +921,35 @@ def test_a_step_that_keeps_the_limits_is_the_answer_where_every_rate_of_the_winn
     file = folder / "best.yaml"
     [spec] = deployment.load(file).specs(file).values()
     assert f"max_batch={spec.scenario.max_batch}" == best["name"]
+
+
+@pytest.mark.parametrize("failing", [1, 2, 7])
+def test_where_the_best_fails_the_next_best_are_probed_at_a_rate_and_certified(
+    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All others are slower, so that the search has only their offline rates until the best fails."""
+    monkeypatch.chdir(tmp_path)
+    words = ["engine=hstu", "space=typed", "scenario.max_batch=1,2,4,8,16,32,64", "tracking=none"]
+    declared = config.declare([*words, "latency_ms.p99=80", "budget=300cells"])
+    built = space.build(declared.axes, declared.typed, declared.fixed)
+    ranked = built.configurations
+    evaluator = InSession({c: 200.0 * 0.9**i if i else 400.0 for i, c in enumerate(ranked)}, 300)
+    usual = evaluator.outcome
+
+    def outcome(configuration: Configuration, probe: Probe) -> Outcome:
+        fails = probe.seed and configuration in ranked[:failing]
+        return Outcome("ERROR", error="as planned") if fails else usual(configuration, probe)
+
+    monkeypatch.setattr(evaluator, "outcome", outcome)
+    monkeypatch.setattr(session, "LiveEvaluator", lambda *given: evaluator)
+    assert session.TuneSession(declared, built, words).run() == 0
+    answered = capsys.readouterr().out
+    at_rates = list(dict.fromkeys(configuration for configuration, probe in evaluator.probes if probe.rate))
+    assert at_rates == ranked[: failing + 1]
+    if failing == len(ranked):
+        assert answered.startswith(f"No rate of {ranked[0].name} is proven")
+    else:
+        assert answered.startswith(f"Take {ranked[failing].name}: ") and "(certified: 2 runs" in answered
 
 
 @pytest.mark.parametrize("certified", [True, False])
