@@ -40,7 +40,7 @@ from grbench.report.cells import GROUPS, Cell, counted, engine_name, figure, lab
 from grbench.report.frame import ReportError, load_samples
 from grbench.report.repeats import RERUNS, pooled
 from grbench.report.table import notes
-from grbench.report.work import EMULATED, LOADS, emulated, options_of
+from grbench.report.work import EMULATED, LOADS, emulated, has_speed, options_of
 
 RESAMPLES = 1000
 MARGIN = 0.05  # share within which a change is no difference
@@ -58,6 +58,7 @@ APART = (
     "all runs of {} were measured before those of {}: a drift of the machine in between counts as a change, and no "
     "interval contains it; measure both with seed=0, then in the other order both with seed=1"
 )
+UNTIMED = "they have no rate and no latency to compare: scenario.mode=accuracy measures quality/loadgen/... alone"
 SHARED = "{} on both sides: a measurement that is compared with itself never changes; check the paths of BASE and NEW"
 ONE_RUN = "one run on each side: the interval leaves out differences between runs; runner.repeats=5 measures them"
 
@@ -132,18 +133,19 @@ class Comparison:
 def compare(
     base: Sequence[Cell], new: Sequence[Cell], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Comparison:
-    """Compare the OK cells of two sides, without those whose products are emulated.
+    """Compare the OK cells of two sides, without those that have no speed to compare.
 
     progress: called with the cells that are compared and all of them, since each may take seconds of resampling. Cells
     of BASE count only if they are of NEW's machine. Raises ReportError if there are none, if the sides did
     different work, or if they have no configuration in common.
     """
     base = _of_one_machine(base, new)
-    sides = [[cell for cell in side if cell[1].ok and not emulated(cell[1])] for side in (base, new)]
+    sides = [[cell for cell in side if not _no_speed(cell[1])] for side in (base, new)]
     for side, cells, name in zip((base, new), sides, ("BASE", "NEW"), strict=True):
         if not cells:
-            why = f"; {EMULATED}" if any(record.ok for _, record in side) else ""
-            raise ReportError(f"{name} has no OK cell to compare by speed, {len(side)} cells in all{why}")
+            reasons = dict.fromkeys(_no_speed(record) for _, record in side if record.ok)
+            why = "; ".join([f"{name} has no OK cell to compare by speed, {len(side)} cells in all", *reasons])
+            raise ReportError(why)
     result = Comparison(differing=_differing(*sides))
     _require_same_work(result.differing)
     matched = [_by_configuration(side, result.differing) for side in sides]
@@ -158,8 +160,9 @@ def compare(
             )
         if failed := [record for _, record in side if not record.ok]:
             result.notes.append(f"{counted(len(failed), f'{name} cell')} not OK and left out{which(failed)}")
-        if slow := [record for _, record in side if record.ok and emulated(record)]:
-            result.notes.append(f"{counted(len(slow), f'{name} cell')} left out, because {EMULATED}{which(slow)}")
+        for reason in (UNTIMED, EMULATED):
+            if some := [record for _, record in side if record.ok and _no_speed(record) == reason]:
+                result.notes.append(f"{counted(len(some), f'{name} cell')} left out, because {reason}{which(some)}")
     if not common:
         raise ReportError(NOTHING_IN_COMMON)
     names = _names([(matched[0][key][0][1], matched[1][key][0][1]) for key in common], ["seed", *result.differing])
@@ -210,6 +213,13 @@ def _notes_of_cells(*sides: Sequence[tuple[str, Sequence[Cell]]]) -> list[str]:
             records += rows
             names += [f"{side} {name}"] * len(rows)
     return [note for note in notes(records, names) if stats.NO_INTERVAL not in note]
+
+
+def _no_speed(record: RunRecord) -> str:
+    """Return why a cell, if it is OK, has no speed to compare; "" if it has one."""
+    if not has_speed(record):
+        return UNTIMED
+    return EMULATED if emulated(record) else ""
 
 
 def _apart(base: Sequence[Cell], new: Sequence[Cell]) -> tuple[str, str] | None:

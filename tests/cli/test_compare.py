@@ -355,6 +355,21 @@ def test_cells_with_emulated_products_are_left_out_with_the_reason(tmp_path: Pat
         compare(base[-1:], new[-1:])
 
 
+def test_cells_of_the_accuracy_mode_have_nothing_to_compare(tmp_path: Path, grbench_here: Grbench) -> None:
+    for side in ("base", "new"):
+        runs(tmp_path / side)
+        none = {"latency_ms/p50": None, "latency_ms/p99": None, "throughput_rps": 9.0, "quality/loadgen/auc": 0.7}
+        write_cell(tmp_path / side / "accuracy", "scenario.mode=accuracy", metrics=none)
+    comparison = compare(*sides(tmp_path))
+    assert [change.runs for change in comparison.changes] == [(5, 5)]
+    why = "they have no rate and no latency to compare: scenario.mode=accuracy measures quality/loadgen/... alone"
+    for side, note in zip(("BASE", "NEW"), comparison.notes, strict=True):
+        assert note.startswith(f"1 {side} cell is left out, because {why}: hstu server")
+    done = grbench_here("compare", "base/accuracy", "new/accuracy")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"grbench compare: BASE has no OK cell to compare by speed, 1 cells in all; {why}\n"
+
+
 def test_options_of_how_much_is_measured_are_noted(tmp_path: Path) -> None:
     for side, queries in (("base", 1500), ("new", 1200)):
         write_cell(tmp_path / side / "a", f"scenario.queries={queries}", f"gate.requests={queries}", queries=queries)
