@@ -50,13 +50,13 @@ def run(
         print(help_text(config_name, flags.overrides, flags.config_dir))
         return 0
     if flags.hydra_help or flags.shell_completion:
-        return _ask_hydra(words, config_name)
+        return _ask_hydra(words, flags.overrides, config_name)
     name = flags.config_name or config_name
     asks = bool(flags.cfg or flags.info)  # nothing runs then, and an answer has no other lines
     report = (lambda line: None) if asks else _say
     invocation, jobs = plan_jobs(name, check, flags.overrides, flags.multirun, flags.config_dir, report, unread)
     if asks:
-        return _ask_hydra(words, name)
+        return _ask_hydra(words, flags.overrides, name)
     for line in invocation.skipped:
         _say(f"left out: {line}")
     require(jobs)
@@ -86,9 +86,13 @@ def run(
         raise
 
 
-def _ask_hydra(words: Sequence[str], config_name: str) -> int:
+def _ask_hydra(words: Sequence[str], overrides: Sequence[str], config_name: str) -> int:
     """Let Hydra answer a flag that runs nothing: --cfg, --info, --hydra-help, --shell-completion."""
-    sys.argv = [sys.argv[0], *words]  # hydra.main reads them from there
+    flags = list(words)
+    for override in overrides:
+        flags.remove(override)
+    # hydra.main reads them from there, and takes overrides on one side of the flags only.
+    sys.argv = [sys.argv[0], *overrides, *flags]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors; else it prints them over many lines
     try:
         hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=config_name)(lambda cfg: None)()
@@ -121,7 +125,7 @@ def _flags(program: str, words: Sequence[str]) -> argparse.Namespace:
     parser = get_args_parser()
     parser.exit_on_error = False
     try:
-        args, unknown = parser.parse_known_args(words)
+        args, unknown = parser.parse_known_intermixed_args(words)
     except argparse.ArgumentError as e:
         raise ConfigError(f"{e}; python -m {program} --hydra-help lists the flags") from None
     if unknown:

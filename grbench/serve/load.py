@@ -33,9 +33,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(words: Sequence[str]) -> int:
     """Run the command: a run with engine=remote. Exit codes: as of a run; 2 also where no server answers."""
-    args, flags = parser().parse_known_args(words)
-    own = [] if args.config_dir is None else ["--config-dir", args.config_dir]
-    return command.main([*flags, *own, *as_run(args.overrides)], partial(_require_servers, words))
+    parser().parse_known_args(words)  # answers --help; a run takes the other flags
+    return command.main(as_run(words), partial(_require_servers, words))
 
 
 def _require_servers(words: Sequence[str], jobs: Sequence[Job]) -> None:
@@ -82,7 +81,7 @@ def _catalogue(workload: WorkloadOptions) -> Catalogue:
 
 
 def as_run(words: Sequence[str]) -> list[str]:
-    """Return the overrides of the run that measures servers, from those of the command.
+    """Return the words of the run that measures servers, from those of the command.
 
     Several are words `url=URL`, or a list, `url=[URL,URL]`. Each gets its connections (`usual`).
     """

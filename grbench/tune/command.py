@@ -36,7 +36,7 @@ def main(words: Sequence[str]) -> int:
     """
     from grbench.tune import config, space
 
-    args = parser().parse_args(words)
+    args = parser().parse_intermixed_args(words)
     declared = config.declare(args.overrides, args.config_dir)
     root = config.output_root(declared)
     with contextlib.ExitStack() as holds:  # before the space, which takes ten seconds

@@ -828,6 +828,19 @@ def test_cfg_job_prints_the_whole_configuration_from_any_directory(grbench_here:
     assert "seed=-5: allowed is int >= 0" in refused.stderr
 
 
+@pytest.mark.parametrize("line", ["-m {} {}", "{} -m {}", "{} {} -m"])
+def test_overrides_stand_before_and_after_flags(grbench_here: Grbench, line: str) -> None:
+    words = line.format("workload=synthetic", "seed=0,-5").split()
+    done = grbench_here(*words)
+    assert done.returncode == 2 and "seed=-5: allowed is int >= 0" in done.stderr and "1 of 2 combin" in done.stderr
+
+
+def test_overrides_stand_on_both_sides_of_a_question(grbench_here: Grbench) -> None:
+    done = grbench_here("model=dlrm_v3", "--cfg", "job", "seed=5")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == grbench_here("--cfg", "job", "model=dlrm_v3", "seed=5").stdout
+
+
 @pytest.mark.parametrize("form", ["json", "csv"])
 def test_a_flag_chooses_the_form_of_the_cells(grbench_here: Grbench, form: str) -> None:
     asked = grbench_here(f"--{form}", "--cfg", "job").stdout

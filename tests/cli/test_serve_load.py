@@ -112,11 +112,12 @@ def test_memory_stays_over_many_calls(requests: list[Any]) -> None:
         assert after - before < 8e6, f"{(after - before) / 1e6:.1f} MB more after 3200 requests"
 
 
-def test_a_url_that_is_none_is_refused_before_anything_runs(grbench_here: Grbench, tmp_path: Path) -> None:
-    done = grbench_here("load", "url=foo")
+@pytest.mark.parametrize("line", ["url=foo", "-m seed=0,1 url=foo", "seed=1 --config-dir . url=foo"])
+def test_a_url_that_is_none_is_refused_before_anything_runs(grbench_here: Grbench, tmp_path: Path, line: str) -> None:
+    done = grbench_here("load", *line.split())
     assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.rglob("record.json"))
-    assert done.stderr == (
-        "grbench load: engine.url=foo: allowed is http://HOST:PORT or https://HOST:PORT, such as http://127.0.0.1:8000\n"
+    assert done.stderr.startswith(
+        "grbench load: engine.url=foo: allowed is http://HOST:PORT or https://HOST:PORT, such as http://127.0.0.1:8000"
     )
 
 
