@@ -13,6 +13,7 @@ from grbench.execution.files import require_files
 from grbench.execution.ranks import require_gpus, to_spec_here
 from grbench.execution.records import RunRecord
 from grbench.execution.session import CellSession
+from grengines.overrides import override
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,7 +59,7 @@ def run(
             print(record.overrides, record.metrics.get("latency_ms/p99"), record.error)
         ```
     """
-    root = [] if output_root is None else [f"runner.output_root={_quoted(str(output_root))}"]
+    root = [] if output_root is None else [override("runner.output_root", str(output_root))]
     prepare_hydra()
 
     def say(line: str) -> None:
@@ -108,9 +109,3 @@ def frame(*roots: str | Path) -> pd.DataFrame:
     from grbench.report.frame import load_frame
 
     return load_frame(*(roots or ("outputs",)))
-
-
-def _quoted(text: str) -> str:
-    """A value of an override that Hydra reads as this text."""
-    escaped = text.replace("'", r"\'")
-    return f"'{escaped}'"

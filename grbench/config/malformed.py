@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 
+from grengines.overrides import quoted
+
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 FUNCTIONS = ("choice", "range", "interval", "glob", "sort", "shuffle", "tag", "int", "float", "str", "bool")
 _KEY = re.compile(r"[+~]{0,2}[A-Za-z_$][\w$/.-]*(@[\w$.:-]*)?")
@@ -76,11 +78,6 @@ def _empty_function(value: str) -> tuple[str, str]:
     return (f"{value} has no values", "") if found and found[1] in FUNCTIONS else ("", value)
 
 
-def quoted(text: str) -> str:
-    """Return a text as an override takes it: in quotes if it needs them."""
-    return text if all(map(_UNQUOTED.match, text)) else _text(text)
-
-
 def _special(value: str) -> str:
     """Return the first letter that a value without quotes can't have, or ""."""
     its_own = "[]{}," if value[:1] in ("[", "{") else ","
@@ -90,9 +87,4 @@ def _special(value: str) -> str:
 def _quoted(value: str) -> str:
     """Return a value with quotes around the texts that need them."""
     parts = re.split(r"([\[\]{},])" if value[:1] in ("[", "{") else "(,)", value)
-    return "".join(_text(part) if _special(part) and len(part) > 1 else part for part in parts)
-
-
-def _text(part: str) -> str:
-    quote = "'" if '"' in part else '"'
-    return f"{quote}{part}{quote}"
+    return "".join(quoted(part) if _special(part) and len(part) > 1 else part for part in parts)

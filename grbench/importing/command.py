@@ -12,6 +12,7 @@ from pathlib import Path
 
 from grbench.config.arguments import Arguments, CommandError
 from grbench.execution.folders import require_parent
+from grengines.overrides import override
 from grengines.runtime import atomic_io
 
 LAYOUTS = ("dlrm_v3", "research", "nvidia", "qwen3", "semantic_ids")
@@ -114,6 +115,6 @@ def _weights(args: argparse.Namespace) -> int:
         words[-1] = "engine=hf"
     words += imported.run.split()
     if imported.weights_key != "model.weights":
-        words.append(f"{imported.weights_key}={args.out}")
+        words.append(override(imported.weights_key, str(args.out)))
     print(f"{written}: its options; to run it: {shlex.join(words)} workload=... ")
     return 0

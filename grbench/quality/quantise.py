@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from grbench.execution.watch import watch
 from grbench.quality.trained import as_run
 from grbench.report.markdown import table
 from grbench.workloads.item_map import map_of
+from grengines.overrides import override
 from grengines.runtime import atomic_io
 
 
@@ -115,6 +117,6 @@ def _written(spec: RunSpec, out: Path, count: int, say: Any) -> str:
         table(["figure", "fp8", "loss against fp32 (95% interval)"], lost),
         *(evaluation.statement(name) for name in evaluation.losses),
         f"{out}: {out.stat().st_size / 1e6:.3g} MB, {source}: {source.stat().st_size / 1e6:.3g} MB. "
-        f"Run it with engine.precision=fp8 model.weights={out}.",
+        f"Run it with {shlex.join(['engine.precision=fp8', override('model.weights', str(out))])}.",
     ]
     return "\n\n".join(parts)

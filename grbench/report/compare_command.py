@@ -29,6 +29,7 @@ from grbench.report.cells import Cell
 from grbench.report.compare import MARGIN, Comparison, Verdict, change_text, compare, side_text
 from grbench.report.frame import ReportError, read_cells
 from grbench.report.screen import unwrapped
+from grengines.overrides import override
 
 HEADINGS = ("cell", "metric", "base", "new", "change", "verdict", "runs")
 STYLES = {"faster": "green", "slower": "red"}
@@ -91,7 +92,7 @@ def main(words: Sequence[str]) -> int:
     try:
         sides = dict.fromkeys([*args.base, args.new])
         if len(absent := [side for side in sides if ":" not in side and not Path(side).exists()]) > 1:
-            makers = ", ".join(shlex.quote(f"runner.output_root={side}") for side in absent)
+            makers = ", ".join(shlex.quote(override("runner.output_root", side)) for side in absent)
             raise ReportError(
                 f"{', '.join(absent)}: no such folders; check the paths, or make them: `python -m grbench` with "
                 f"{makers}"

@@ -12,6 +12,7 @@ from grbench.execution import records
 from grbench.execution.energy import METRIC as JOULES
 from grbench.execution.folders import left_out
 from grbench.report.cells import MISSING, Cell, flatten, knobs, labels, shown
+from grengines.overrides import override
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +44,7 @@ def read_cells(roots: Sequence[Path]) -> list[Cell]:
     """
     found: dict[tuple[str, str, float], Cell] = {}
     for root in roots:
-        make = shlex.join(["python", "-m", "grbench", f"runner.output_root={root}"])
+        make = shlex.join(["python", "-m", "grbench", override("runner.output_root", str(root))])
         if root.is_file():
             raise ReportError(f"{root}: it is a file; give the folder of a record, or one above it")
         if not root.is_dir():

@@ -21,6 +21,7 @@ from grbench.report.groups import Row
 from grbench.report.tradeoffs import CANDIDATES, FIGURES, POPULAR, Point, change, points
 from grbench.report.work import by_content, options_of
 from grengines import registry
+from grengines.overrides import override
 
 WINDOW, AGE, SCORED = "workload.max_history", "workload.stale_events", CANDIDATES["rank"]
 # Options of engine and cache: a plan or an ONNX file may be of 8 bits, and another engine answers as `fallback`.
@@ -81,7 +82,8 @@ def with_losses(
 
     def make(strategy: str, *changed: str, like: Sequence[Point] = ()) -> str:
         """Return the command that makes a record. like: those that it is to be compared with."""
-        words = [f"task={deployment.task}", "scenario=offline", ALLOW, f"runner.output_root={folder}", *changed]
+        root = override("runner.output_root", str(folder))
+        words = [f"task={deployment.task}", "scenario=offline", ALLOW, root, *changed]
         if like:
             spec = like[0].row.record.spec
             words += [f"gate.quality_requests={spec['gate']['quality_requests']}", f"seed={spec['seed']}"]

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grbench import __version__
-from grbench.config.malformed import quoted
 from grbench.execution.stats import percentile
 from grbench.report.cells import shown
 from grbench.serve.controller import Controller
 from grbench.serve.requests import metadata
 from grbench.workloads.config import FileConfig, WorkloadOptions
 from grengines.api import RANDOM
+from grengines.overrides import override
 from grkernels import tuning
 
 if TYPE_CHECKING:
@@ -128,11 +128,12 @@ def _overrides(workload: WorkloadOptions) -> list[str]:
     """
     values = {field.name: getattr(workload, field.name) for field in fields(workload) if field.name != "name"}
     if isinstance(workload, FileConfig):
-        values["path"] = quoted(str(Path(workload.path).absolute()))
+        values["path"] = str(Path(workload.path).absolute())
     usual = type(workload)(path="") if isinstance(workload, FileConfig) else type(workload)()
     every = workload.name != usual.name
-    changed = [f"workload.{name}={shown(its)}" for name, its in values.items() if every or its != getattr(usual, name)]
-    return [f"workload={workload.name}", *changed]
+    changed = [(f"workload.{name}", its) for name, its in values.items() if every or its != getattr(usual, name)]
+    words = [override(key, its) if isinstance(its, str) else f"{key}={shown(its)}" for key, its in changed]
+    return [f"workload={workload.name}", *words]
 
 
 def _absolute(weights: str) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import math
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from grbench.workloads.events import Events
 from grbench.workloads.item_map import save_items
 from grengines.models.hstu.config import HSTUConfig, not_read
 from grengines.options import files
+from grengines.overrides import override
 from grengines.runtime.cache_dir import content
 from grengines.semantic.ids import SemanticIds
 
@@ -213,15 +215,15 @@ def _command(config: TrainConfig, job: Job, folder: Path, ids: SemanticIds | Non
         and not any(f"{w.partition('=')[0]}.".startswith(f"{key}.") for key in idle)  # a run refuses those
     ]
     engine = "hstu" if isinstance(config.model, HSTUConfig) else "hf"
-    words = [f"engine={engine}", f"task={config.task}", *(f"'{w}'" if "[" in w else w for w in typed)]
+    words = [f"engine={engine}", f"task={config.task}", *typed]
     if ids is None:
-        if not any(word.startswith("'model.tasks=") for word in words):
-            words.append(f"'model.tasks=[{','.join(config.model.tasks)}]'")
-        words.append(f"model.weights={place}/{WEIGHTS}")
+        if not any(word.startswith("model.tasks=") for word in words):
+            words.append(f"model.tasks=[{','.join(config.model.tasks)}]")
+        words.append(override("model.weights", f"{place}/{WEIGHTS}"))
     else:
-        words.append(f"retrieval.weights={place}/{WEIGHTS}")
-        words += [f"retrieval.semantic_ids={place}/{IDS}"] if ids.levels > 1 else []
-    return f"python -m grbench {' '.join(words)}"
+        words.append(override("retrieval.weights", f"{place}/{WEIGHTS}"))
+        words += [override("retrieval.semantic_ids", f"{place}/{IDS}")] if ids.levels > 1 else []
+    return shlex.join(["python", "-m", "grbench", *words])
 
 
 def _record(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from grbench import deployment
 from grbench.config.compose import choices, compose_spec
-from grbench.config.malformed import quoted
 from grbench.deployment import Certified, Deployment, Figure, Strategy
 from grbench.report.cells import shown
 from grbench.tune import answer
@@ -16,6 +15,7 @@ from grbench.tune.config import Declared
 from grbench.tune.live import BATCHING
 from grengines import registry
 from grengines.options import files
+from grengines.overrides import quoted
 
 FILE = "best.yaml"
 # Overrides of how cells run, which are no part of a strategy, and what the deployment has keys for.

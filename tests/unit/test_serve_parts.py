@@ -46,6 +46,7 @@ from grbench.serve.requests import INPUTS, Bounds, decode, events_of
 from grbench.serve.rpc import Rpc, messages
 from grbench.serve.state import Histories, History
 from grbench.serve.tallies import Counts, Spreads
+from grbench.workloads.config import FileConfig
 from grengines.api import Catalogue, Request, Setup
 from grengines.cache.config import CacheConfig
 from grengines.remote.client import Client
@@ -896,11 +897,14 @@ def test_a_status_names_files_that_can_be_found_from_any_folder(
 ) -> None:
     folder = tmp_path / "a (1)"  # in an override it needs quotes
     folder.mkdir()
-    (folder / "events.csv").write_text("user_id,item_id,timestamp\n")
+    (folder / "events.csv").write_text('"user,id",item_id,timestamp\n')
     monkeypatch.chdir(folder)
-    found = describe._overrides(compose_spec(["engine=hstu", "workload=csv", "workload.path=events.csv"])[0].workload)
+    words = ["engine=hstu", "workload=csv", "workload.path=events.csv", 'workload.user_column="user,id"']
+    found = describe._overrides(compose_spec(words)[0].workload)
     monkeypatch.chdir("/")
-    assert compose_spec(["engine=hstu", *found])[0].workload.path == str(folder / "events.csv")  # type: ignore[union-attr]
+    again = compose_spec(["engine=hstu", *found])[0].workload
+    assert isinstance(again, FileConfig)
+    assert (again.path, again.user_column) == (str(folder / "events.csv"), "user,id")
     monkeypatch.chdir(folder)
     assert describe._absolute("ranker.safetensors") == str(folder / "ranker.safetensors")
     assert describe._absolute("random, seed 3") == "random, seed 3"

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import shlex
 import shutil
 import warnings
 from collections.abc import Collection
@@ -206,7 +207,7 @@ def note(found: Export, key: str, value: Any) -> Export:
 def load(folder: Path) -> Export:
     """Open an export. Raises ValueError, one line, for a folder without one or with changed files."""
     manifest_file = folder / MANIFEST_FILE
-    again = f"export the model again: python -m grbench export --out {folder}"
+    again = f"export the model again: python -m grbench export --out {shlex.quote(str(folder))}"
     if not manifest_file.is_file():
         raise ValueError(f"{folder}: no {MANIFEST_FILE}; {again}")
     try:

@@ -16,6 +16,7 @@ import grengines
 import grkernels
 from grengines.api import RANDOM, Catalogue
 from grengines.models.hstu.config import HSTUConfig
+from grengines.overrides import override
 from grengines.runtime.batch import Encoding
 from grengines.runtime.cache_dir import sha256
 
@@ -77,7 +78,7 @@ def command(model: HSTUConfig, catalogue: Catalogue, seed: int, precision: str, 
         *("python", "-m", "grbench", "export", "--out", str(folder), "--items", str(catalogue.num_items)),
         *("--users", str(catalogue.num_users), "--actions", str(catalogue.num_actions)),
         *(["--precision", precision] if precision != "fp32" else []),
-        *([f"model.weights={weights}"] if weights else [f"seed={seed}"] if seed else []),
+        *([override("model.weights", weights)] if weights else [f"seed={seed}"] if seed else []),
         *(f"model.{k}={json.dumps(v).replace(chr(34), '').replace(' ', '')}" for k, v in changed.items()),
     ]
     return shlex.join(words)

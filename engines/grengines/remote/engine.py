@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -91,7 +92,7 @@ class RemoteEngine:
             mine = self._setup
             its = (mine.catalogue, longest, mine.seed, mine.model, mine.retrieval)
             if asked := differences(status, self.task, *its):
-                words = " ".join(overrides(asked))
+                words = shlex.join(overrides(asked))
                 raise ValueError(f"{key_of(place)}: {refusal(client.url, status, asked)}; set {words}")
             self._status = self._status or status
             if (there := strategies(status)) != (first := strategies(self._status)):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from grengines.api import RANDOM, Catalogue
+from grengines.overrides import override
 
 PARTS = {"rank": ["model"], "generate": ["retrieval"], "recommend": ["retrieval", "model"]}  # whose weights a task has
 SIZES = ("items", "actions")  # of a catalogue that have to be the server's, as its status names them
@@ -81,7 +82,7 @@ def _weights(theirs: str, parts: list[str], given: dict[str, str | None]) -> lis
     each = theirs.split("; ")
     for part, its in zip(parts, each if len(each) == len(parts) else each[:1] * len(parts), strict=True):
         if not its.startswith(RANDOM):
-            words.append(f"{part}.weights={its}")
+            words.append(override(f"{part}.weights", its))
             continue
         words += [f"seed={its.removeprefix(RANDOM)}", *([f"{part}.weights=null"] if given[part] else [])]
     return list(dict.fromkeys(words))

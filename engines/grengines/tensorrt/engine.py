@@ -6,6 +6,7 @@ the building of plans (plan.py). `requires` in the registry and the gate of ever
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -164,7 +165,7 @@ class TensorRTEngine(RankingEngine):
         if self._options.plan is None:
             setup = self._setup
             return plans.cached(self._library, facts, self._model_config, setup.catalogue, setup.seed, feeds)
-        build = f"python -m grbench build-plan --out {self._options.plan}"
+        build = f"python -m grbench build-plan --out {shlex.quote(self._options.plan)}"
         return plans.load(
             Path(self._options.plan), facts, f"set engine.plan=null, and one is built, or build it: {build}"
         )
@@ -188,5 +189,6 @@ class TensorRTEngine(RankingEngine):
 
 def _hint(config: TensorRTConfig) -> str:
     if config.plan is not None:
-        return f"build a larger one (python -m grbench build-plan --out {config.plan}), or set engine.fallback=[hstu]"
+        build = f"python -m grbench build-plan --out {shlex.quote(config.plan)}"
+        return f"build a larger one ({build}), or set engine.fallback=[hstu]"
     return "prepare it with requests as large, or set engine.fallback=[hstu]"

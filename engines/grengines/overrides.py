@@ -1,0 +1,22 @@
+"""Overrides that a person can type: Hydra reads from them what was meant. `shlex.join` quotes them for the shell."""
+
+from __future__ import annotations
+
+import re
+
+# What Hydra's grammar takes as a text without quotes: no number, no other word of its own, no other letters.
+_BARE = re.compile(r"(?!(?:null|true|false|inf|nan)$)(?:[a-z_/]|\.{1,2}/)[\w/.+%@-]*", re.ASCII | re.IGNORECASE)
+
+
+def override(key: str, text: str) -> str:
+    """Return the override that gives an option a text, such as a path."""
+    return f"{key}={quoted(text)}"
+
+
+def quoted(text: str) -> str:
+    """Return a text as an override has it: in quotes unless Hydra's grammar takes it as it stands."""
+    if _BARE.fullmatch(text):
+        return text
+    # A backslash is a letter like any other there, but not before a quote.
+    escaped = re.sub(r'(\\*)("|\Z)', lambda found: 2 * found[1] + found[2].replace('"', r"\""), text)
+    return f'"{escaped}"'
