@@ -44,6 +44,8 @@ KUAIRAND_ACTIONS = ("is_click", "is_like", "is_follow", "is_comment", "is_forwar
 RATING_ACTIONS = ("rated", "liked")  # liked: at least four fifths of the file's highest rating
 NO_RATING_ACTIONS = RATING_ACTIONS[:1]  # of a file without ratings
 FIX = "correct or remove the row"
+# Words that pandas reads as a missing value. As ids, all rows that lack one would be of the same item or user.
+MISSING = frozenset(("", "NaN", "nan", "NA", "N/A", "n/a", "<NA>", "#N/A", "NULL", "null", "None"))
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 
 
@@ -226,6 +228,9 @@ def _sequences(path: Path) -> Events:
         user, *its = line.split() or [""]
         if not its:
             raise DataError(f"{path}: row {row} has no items ({line[:60]!r}); a row is: user item item ...; {FIX}")
+        if not MISSING.isdisjoint(words := (user, *its)):
+            missing = next(word for word in words if word in MISSING)
+            raise DataError(f"{path}: row {row}: {missing!r} is no id; {FIX}")
         users.append(user)
         items.append(its)
     if len(set(users)) < len(users):
@@ -405,15 +410,19 @@ class _Table:
         return np.asarray(seconds)
 
     def ids(self, column: str) -> tuple[npt.NDArray[np.int64], Any]:
-        """Return a column of ids as dense indices in order of first appearance, and the ids in that order."""
-        strings = self._column(column)
-        empty = pc.equal(pc.utf8_trim_whitespace(strings), "")
-        if pc.any(empty).as_py():
-            raise self.error(pc.index(empty, pa.scalar(True)).as_py(), column, f"no id; {FIX}")
-        encoded = strings.combine_chunks().dictionary_encode()
+        """Return a column of ids as dense indices in order of first appearance, and the ids in that order.
+
+        Raises DataError for the first that is missing.
+        """
+        encoded = self._column(column).combine_chunks().dictionary_encode()
         if isinstance(encoded, pa.ChunkedArray):
             encoded = encoded.combine_chunks()
-        return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary
+        indices = encoded.indices.to_numpy().astype(np.int64)
+        missing = pc.is_in(pc.utf8_trim_whitespace(encoded.dictionary), value_set=pa.array(sorted(MISSING)))
+        if pc.any(missing).as_py():
+            row = int(missing.to_numpy(zero_copy_only=False)[indices].argmax())
+            raise self.error(row, column, f"no id; {FIX}")
+        return indices, encoded.dictionary
 
     def _column(self, name: str) -> Any:
         """Return a column as strings; what is missing in a parquet file is empty."""

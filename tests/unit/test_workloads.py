@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.properties import examples
 from hypothesis import given
@@ -79,6 +81,10 @@ GOOD = ["1,10,4.0,100", "1,11,5.0,200", "1,12,2.5,9000", "2,10,3.0,150"]
         (CSV + "\n".join([*GOOD, "2,11,4,-5"]), "row 6, column timestamp: '-5' is not a time"),
         (CSV + "\n".join([*GOOD, "2,11,4,1700000000000"]), "allowed are seconds from 1970 to 2100"),
         (CSV + "\n".join([*GOOD, ",11,4,160"]), "row 6, column userId: '' is no id"),
+        (CSV + "\n".join([*GOOD, "NaN,11,4,160", "2,,4,170"]), "row 6, column userId: 'NaN' is no id; correct"),
+        (CSV + "\n".join([*GOOD, "2,,4,160"]), "row 6, column movieId: '' is no id"),
+        (CSV + "\n".join([*GOOD, "2,NaN,4,160", "2,nan,4,170"]), "row 6, column movieId: 'NaN' is no id; correct"),
+        (CSV + "\n".join([*GOOD, "2, nan,4,160"]), "row 6, column movieId: ' nan' is no id"),
         (CSV + "\n".join([GOOD[0], GOOD[3], GOOD[2], GOOD[1]]), "row 5, column timestamp: '200' is earlier than"),
         (CSV + "\n".join([*GOOD, "2,11,4,160,9"]), "row 6 has 5 fields instead of 4: '2,11,4,160,9'; correct or"),
         (CSV + "\n".join([GOOD[0], "1,11,\xa04,200", "1,12,x,300"]), "row 4, column rating: 'x' is not a number"),
@@ -94,6 +100,9 @@ GOOD = ["1,10,4.0,100", "1,11,5.0,200", "1,12,2.5,9000", "2,10,3.0,150"]
         ),
         (CSV + "1,10,4.0,1700000000\n" * 2 + "1,10,4.0,0\n", "row 4, column timestamp: '0' is before 1980 in seconds"),
         ("1 2 3\n2\n", "row 2 has no items ('2'); a row is: user item item ...; correct or remove the row"),
+        ("1 2 3\n2 4 NaN nan\n", "row 2: 'NaN' is no id; correct or remove the row"),
+        ("1 2 3\nnull 4\n", "row 2: 'null' is no id"),
+        ("1::10::4::100\n1::nan::5::200\n", "row 2, column movieId: 'nan' is no id"),
         ("1 2 3\n1 4 5\n", "row 2: user '1' has a row already; join the two"),
     ],
 )
@@ -134,6 +143,8 @@ def test_a_missing_file_and_the_fix_of_an_unsorted_one(tmp_path: Path) -> None:
         (INTER.rstrip(), "no events after the header in row 1"),
         (INTER + "u\ta\t4\t100\nu\tb\t4\n", r"row 3 has 3 fields instead of 4: 'u\tb\t4'; the file looks truncated"),
         (INTER.replace("rating", "item_id") + "u\ta\t4\t100\n", "row 1 has column 'item_id' twice"),
+        (INTER + "u\ta\t4\t100\nu\tNaN\t4\t200\n", "row 3, column item_id: 'NaN' is no id; correct or remove the row"),
+        (INTER + "u\ta\t4\t100\nu\t\t4\t200\n", "row 3, column item_id: '' is no id"),
         (INTER.replace("timestamp", "when") + "u\ta\t4\t100\n", "workload.time_column=none to take the file's order"),
     ],
 )
@@ -255,8 +266,11 @@ def test_packed_and_parquet_files_are_the_same_events(tmp_path: Path) -> None:
     packed.write_bytes(packed.read_bytes()[:30])
     (tmp_path / "times.parquet").write_text("none")
     frame.assign(userId=[None, "u", "u"]).to_parquet(tmp_path / "numbers.parquet")
+    missing = np.array([7.0, np.nan, 8.0])  # pandas makes integers of which one is missing floats
+    pq.write_table(pa.table({**dict(frame.items()), "movieId": missing}), tmp_path / "missing.parquet")
     for name, said in (("data.csv.gz", "can't be read"), ("times.parquet", "not readable as parquet"),
-                       ("numbers.parquet", "row 1, column userId: '' is no id")):  # fmt: skip
+                       ("numbers.parquet", "row 1, column userId: '' is no id"),
+                       ("missing.parquet", "row 2, column movieId: 'nan' is no id")):  # fmt: skip
         with pytest.raises(DataError, match=said):
             loaders.load_csv(tmp_path / name, "auto", False)
 
