@@ -95,10 +95,8 @@ class GenerateGate:
         self._expected = self._find(self.sample)
         rounded = self._rounded(self.sample)
         self._rounding_error = _largest(rounded)
-        # Norms, as of a ranker's scores: the largest of many differences says less about the precision.
-        size = max(_mean_square(np.concatenate([e.scores for e in self._expected])), 1.0)
-        coarsest = max(precision, stored or precision, key=UNIT.__getitem__)
-        require_plausible((_mean_square(rounded) / size) ** 0.5, coarsest, spec.model.layers)
+        self._size = max(_mean_square(np.concatenate([e.scores for e in self._expected])), 1.0)
+        self._require_plausible(rounded)
         blind = _answers(self.reference.search(self.sample, blind=True))
         self._zero_error = _largest(self._errors(self.sample, blind))
         self.tolerance = self._allowed(self._rounding_error)
@@ -150,7 +148,7 @@ class GenerateGate:
         """Compare the items and, if given, the scores of each answer. Without scores the items may be in any order.
 
         Rounding may cost a request more than it costs the sample. So a score that differs by more than the tolerance is
-        compared once more, with what rounding costs this request.
+        compared once more, with what rounding costs this request. Raises IncorrectError if that is not plausible.
         """
         expected = self._find(requests)
         findings = [self._compare(e, r, *a) for e, r, a in zip(expected, requests, answers, strict=True)]
@@ -158,7 +156,7 @@ class GenerateGate:
         for i, finding in enumerate(findings):
             if self._exactly or finding.error <= self.tolerance:
                 continue
-            allowed[i] = max(self._allowed(_largest(self._rounded([requests[i]]))), self.tolerance)
+            allowed[i] = self._own_tolerance(requests[i])
             findings[i] = self._compare(expected[i], requests[i], *answers[i], tolerance=allowed[i])
         verdicts = [Verdict(f.error, tolerance, f.problem) for f, tolerance in zip(findings, allowed, strict=True)]
         if (problem := self._too_few(findings)) and all(v.problem is None for v in verdicts):
@@ -181,6 +179,20 @@ class GenerateGate:
 
     def _allowed(self, rounding_error: float) -> float:
         return allowed_error(rounding_error, self._spec.gate.max_error_ratio, SCORE_FLOOR)
+
+    def _own_tolerance(self, request: Request) -> float:
+        """Return what rounding allows the answer to a request, at most half of the error of zero attention."""
+        rounded = self._rounded([request])
+        self._require_plausible(rounded)
+        return min(max(self._allowed(_largest(rounded)), self.tolerance), self._zero_error / 2)
+
+    def _require_plausible(self, rounded: Float32Array) -> None:
+        """Raise IncorrectError for errors that rounding alone can't explain.
+
+        Their norm counts, as of a ranker's scores: the largest of many differences says less about the precision.
+        """
+        coarsest = max(self._precision, self._stored or self._precision, key=UNIT.__getitem__)
+        require_plausible((_mean_square(rounded) / self._size) ** 0.5, coarsest, self._spec.model.layers)
 
     def _errors(self, requests: Sequence[Request], answers: Answers) -> Float32Array:
         """Return each score's difference from the fp32 log-probability of its item, of all requests in one array."""

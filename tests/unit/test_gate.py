@@ -13,6 +13,7 @@ import torch
 from grbench import workloads
 from grbench.config.compose import compose_spec
 from grbench.config.schema import RunSpec
+from grbench.execution.retrieval import build_retrieval
 from grbench.gate.base import sample
 from grbench.gate.generate import GenerateGate, _Finding
 from grbench.gate.measured import Answer
@@ -165,8 +166,7 @@ def test_every_answer_is_judged_by_what_rounding_costs_it(monkeypatch: pytest.Mo
         return _Finding("wrong" if errors[i] > tolerance else None, errors[i])
 
     monkeypatch.setattr(GenerateGate, "_find", lambda gate, requests: requests)
-    monkeypatch.setattr(GenerateGate, "_rounded", lambda gate, requests: np.float32([own[requests[0]]]))
-    monkeypatch.setattr(GenerateGate, "_allowed", lambda gate, error: error)
+    monkeypatch.setattr(GenerateGate, "_own_tolerance", lambda gate, request: own[request])
     monkeypatch.setattr(GenerateGate, "_compare", compare)
     gate: Any = GenerateGate.__new__(GenerateGate)
     gate._exactly, gate.tolerance = False, 1.0
@@ -182,9 +182,35 @@ def test_near_ties_of_an_answer_count_as_those_that_rounding_allows_it(monkeypat
         return _Finding(None, 2.0, sure=1.0 if tolerance == 4.0 else 0.5)
 
     monkeypatch.setattr(GenerateGate, "_find", lambda gate, requests: requests)
-    monkeypatch.setattr(GenerateGate, "_rounded", lambda gate, requests: np.float32([4.0]))
-    monkeypatch.setattr(GenerateGate, "_allowed", lambda gate, error: error)
+    monkeypatch.setattr(GenerateGate, "_own_tolerance", lambda gate, request: 4.0)
     monkeypatch.setattr(GenerateGate, "_compare", compare)
     gate: Any = GenerateGate.__new__(GenerateGate)
     gate._exactly, gate.tolerance = False, 1.0
     assert [v.problem for v in gate.judge_items(range(2), [(None, None)] * 2)] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "rounded, refused",
+    [([np.nan] * 8, "by nan"), ([np.inf] * 8, "by inf"), ([50.0] * 8, "plausible for"), ([40.0] + [0.0] * 10**6, "")],
+    ids=["nan", "infinite", "huge", "one huge"],
+)
+def test_arbitrary_items_fail_whatever_rounding_costs_their_request(
+    monkeypatch: pytest.MonkeyPatch, rounded: list[float], refused: str
+) -> None:
+    """A measured answer may differ by what rounding costs its request: by a plausible cost, and up to a bound."""
+    small = ["workload.items=500", "retrieval.k=5", "retrieval.beam_width=12"]
+    spec, _ = compose_spec([*OVERRIDES, *small, "model=hstu_tiny", "task=generate", "engine.precision=bf16"])
+    trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
+    assert spec.retrieval is not None
+    retrieval = build_retrieval(spec.retrieval, spec.workload, trace.events, spec.seed)
+    gate = GenerateGate(spec, trace.catalogue, trace.requests, retrieval, "cpu", "bf16")
+    monkeypatch.setattr(gate, "_rounded", lambda requests: np.array(rounded, np.float32))
+    request = trace.requests[5]
+    others = np.setdiff1d(np.arange(500), gate.reference.search([request]).items)[:5]
+    arbitrary = [(others, np.linspace(-1.0, -2.0, 5, dtype=np.float32))]
+    if refused:
+        with pytest.raises(IncorrectError, match=f"rounding the fp32 reference to bf16 changes .*{refused}"):
+            gate.judge_items([request], arbitrary)
+        return
+    [verdict] = gate.judge_items([request], arbitrary)
+    assert verdict.problem and gate.tolerance < verdict.tolerance < 40
