@@ -55,7 +55,7 @@ class Certified:
     quality: dict[str, float] = field(default_factory=dict)  # by metric: auc, auc_loss_pct
     memory_gb: float | None = option(None, "device memory in use, 10^9 bytes", ge=0)
     record: str | None = option(
-        None, "path of the record of the figures; of several runs, of that with the largest p99"
+        None, "record of the figures, relative to this file; of several runs, of that with the largest p99"
     )
 
 
@@ -98,7 +98,9 @@ class Step:
     strategy: str | None = option(None, "use this strategy")
     loss: dict[str, float] = field(default_factory=dict)  # measured, by metric: auc_loss, hr10_loss, auc_loss_pct
     intervals: dict[str, list[float]] = field(default_factory=dict)  # 95%, of losses: [low, high]
-    record: str | None = option(None, "folder of the record of the losses; `grbench losses` fills all three in")
+    record: str | None = option(
+        None, "absolute path of the folder of the record of the losses; `grbench losses` fills all three in"
+    )
 
     @property
     def changes(self) -> list[str]:

@@ -148,7 +148,7 @@ def _with_loss(
         step,
         loss={figure: _loss(lost.value)},
         intervals={figure: [_loss(lost.high), _loss(lost.low)]},
-        record=str(folder),
+        record=str(Path(folder).absolute()),  # the file may be served from another folder
     )
 
 

@@ -85,6 +85,17 @@ def test_the_command_fills_in_what_the_page_says(tmp_path: Path, capsys: pytest.
     assert f"beams: hr10_loss 0.0498 [0.0354, 0.0653], {beams.record}" in capsys.readouterr().out
 
 
+def test_the_record_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deployment is served elsewhere than where its losses were filled in."""
+    file = tmp_path / "best.yaml"
+    deployments.save(retrieve(Step("short", max_history=8)), file)
+    monkeypatch.chdir(KEPT.parent)
+    assert main([str(file), KEPT.name]) == 0
+    monkeypatch.chdir(tmp_path)
+    [short] = deployments.load(file).degrade
+    assert short.record is not None and (Path(short.record) / "record.json").is_file()
+
+
 @pytest.mark.parametrize("changes", [{}, {"cache": "lru", "kernel": "torch", "engine__device": "cpu"}])
 def test_a_ranker_loses_auc(changes: dict[str, str]) -> None:
     """A cache, kernels and the device do not decide quality; the precision of the second strategy does."""
