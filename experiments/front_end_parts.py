@@ -22,6 +22,7 @@ import uvloop
 from front_end import DEADLINE, http_call, inputs_of, request
 from uvicorn.server import ServerState
 
+from grbench.serve.bodies import Bodies
 from grbench.serve.connections import Connection
 from grbench.serve.exchange import HttpRequest, HttpResponse, Target
 from grbench.serve.http import Api
@@ -71,7 +72,7 @@ def without_engine(infer: Callable[..., Any], metrics: Metrics) -> Any:
     """Return what stands for the service behind the endpoints, with this method `infer`."""
     config = SimpleNamespace(api_keys=None, max_body_mb=16, body_timeout_s=10, log_requests=False)
     nothing = {"traces": None, "serving": lambda *_: None, "finished": lambda *_: None}
-    return SimpleNamespace(config=config, metrics=metrics, infer=infer, **nothing)
+    return SimpleNamespace(config=config, metrics=metrics, bodies=Bodies(16, metrics), infer=infer, **nothing)
 
 
 def took_us(call: Callable[[], object]) -> float:

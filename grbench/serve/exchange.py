@@ -24,7 +24,7 @@ class HttpResponse(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
-async def no_body(most: int, limit_s: float) -> bytes:
+async def no_body(most: int, limit_s: float, came: Callable[[int], None]) -> bytes:
     """Return the body of a request that has none."""
     return b""
 
@@ -35,7 +35,7 @@ class HttpRequest:
 
     headers: Mapping[str, str]
     names: Mapping[str, str]
-    body: Callable[[int, float], Awaitable[bytes]] = no_body  # most bytes, and seconds to wait for them
+    body: Callable[[int, float, Callable[[int], None]], Awaitable[bytes]] = no_body  # as `Exchange.read`
     ident: str = ""
     client: str = ""
 
@@ -115,12 +115,13 @@ class Exchange(RequestResponseCycle):
             self.transport.close()
         self.on_response()
 
-    async def read(self, most: int, limit_s: float) -> bytes:
+    async def read(self, most: int, limit_s: float, came: Callable[[int], None]) -> bytes:
         """Return the body, or as much as has come once that is more than `most` bytes.
 
-        Raises TimeoutError after the limit.
+        came: takes the number of bytes so far, and may refuse them. Raises TimeoutError after the limit.
         """
         if not self.more_body:
+            came(len(self.body))
             return bytes(self.body)
         parts: list[bytes] = []
         size = 0
@@ -129,5 +130,6 @@ class Exchange(RequestResponseCycle):
                 message: Any = await self.receive()
                 parts.append(message["body"])
                 size += len(parts[-1])
+                came(size)
                 if size > most or not message["more_body"]:
                     return b"".join(parts)

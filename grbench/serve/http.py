@@ -24,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 from grbench import __version__
 from grbench.execution.gpu import sample_gpu
 from grbench.serve import describe
+from grbench.serve.bodies import Held, on_thread
 from grbench.serve.counted import Counted, status_of
 from grbench.serve.describe import EXTENSIONS, PLATFORM, VERSION
 from grbench.serve.errors import RefusedError
@@ -176,26 +177,27 @@ class Api:
     async def _append(self, asked: HttpRequest) -> HttpResponse:
         service = self._service
         try:
-            answer = _json(service.append(await self._call(asked), *_names(asked)))
+            with service.bodies.held() as held:
+                answer = _json(service.append(await self._call(asked, held), *_names(asked)))
         except BaseException as e:
             service.metrics.appends.labels(str(status_of(e, service))).inc()
             raise
         service.metrics.appends.labels("200").inc()
         return answer
 
-    async def _call(self, asked: HttpRequest) -> Call:
-        """Read the call of a request. Raises RefusedError."""
-        body, length = await self._body(asked), asked.headers.get(HEADER_LENGTH)
+    async def _call(self, asked: HttpRequest, held: Held) -> Call:
+        """Read the call of a request. held: counts its body. Raises RefusedError."""
+        body, length = await self._body(asked, held), asked.headers.get(HEADER_LENGTH)
         self._service.serving(*_names(asked))  # a wrong name counts before a wrong body
         came = time.perf_counter()  # the time in which a client sends the body is no wait for company
         text = len(body) if length is None else json_length(length)  # tensors behind it are only looked at
-        call = parse_call(body, length) if text <= INLINE else await asyncio.to_thread(parse_call, body, length)
+        call = parse_call(body, length) if text <= INLINE else await on_thread(parse_call, body, length)
         call.client, call.came = asked.client, came
         return call
 
     async def _infer(self, asked: HttpRequest) -> HttpResponse:
-        with Counted(self._service, asked.headers, asked.ident) as counted:
-            call = await self._call(asked)
+        with Counted(self._service, asked.headers, asked.ident) as counted, self._service.bodies.held() as held:
+            call = await self._call(asked, held)
             model, version = _names(asked)
             tensors, parameters = await self._service.infer(call, model, version, counted.begun)
             counted.answered(parameters)
@@ -203,8 +205,12 @@ class Api:
             headers["x-request-id"] = asked.ident
             return HttpResponse(200, body, headers)
 
-    async def _body(self, asked: HttpRequest) -> bytes:
-        """Return the body. Raises RefusedError for one that is too large, slow, or compressed."""
+    async def _body(self, asked: HttpRequest, held: Held) -> bytes:
+        """Return the body. Raises RefusedError for one that is too large, slow, compressed, or one too many.
+
+        The length that a client gives counts at once, so that a body that begins to come is not refused half-way.
+        Without one the bytes count as they come. The connection drops what still comes of a refused body.
+        """
         config = self._service.config
         most = int(config.max_body_mb * 1e6)
         if (encoding := asked.headers.get("content-encoding", "identity")) != "identity":
@@ -212,8 +218,9 @@ class Api:
         length, body = asked.headers.get("content-length", "0"), b""
         is_large = not length.isdigit() or int(length) > most
         if not is_large:
+            held.reach(int(length))
             try:
-                body = await asked.body(most, config.body_timeout_s)
+                body = await asked.body(most, config.body_timeout_s, held.reach)
             except TimeoutError:
                 raise RefusedError(
                     408, f"body: it did not come within {config.body_timeout_s:g} s (serve.body_timeout_s)"

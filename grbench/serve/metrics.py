@@ -90,6 +90,7 @@ class Metrics:
             ["step", "loss", "part"], **own,
         )  # fmt: skip
         self.shed = Counter("grbench_shed", "Requests refused under load", ["reason"], **own)
+        self.body_bytes = Gauge("grbench_body_bytes", "Bytes of the bodies of calls that are not answered yet", **own)
         self.hits = Counts("grbench_state_hits", "Requests by where the user's state was", ["tier"], **own)
         self.gate_error = Histogram(
             "grbench_gate_error",

@@ -53,6 +53,9 @@ class ServeConfig:
     max_history: int | None = option(None, "most events of a history; null: `workload.max_history`", ge=1)
     max_candidates: int = option(4096, "most candidates of a user", ge=1, le=1_000_000)
     max_body_mb: float = option(16.0, "largest body of a call, 10^6 bytes; beyond it: status 413", gt=0, le=1024)
+    max_bodies_mb: float = option(
+        256.0, "most 10^6 bytes of the bodies of all calls that are not answered yet; beyond it: status 503", gt=0
+    )
     body_timeout_s: float = option(10.0, "time for a client to send a body; beyond it: status 408", gt=0, le=3600)
     max_queue: int = option(1024, "most requests in the server; beyond it: status 429", ge=1, le=1_000_000)
     time_limit_s: float = option(30.0, "longest batch; beyond it the engine counts as hung", gt=0, le=3600)
@@ -164,6 +167,11 @@ def parse(words: Sequence[str]) -> tuple[ServeConfig, str | None, list[str]]:
     free = [name for name in ("port", "grpc_port") if getattr(config, name) == 0]
     if config.replicas > 1 and free:
         raise ConfigError(f"{PREFIX}{free[0]}=0: with replicas HAProxy listens, and it needs a port; give one")
+    if config.max_bodies_mb < config.max_body_mb:
+        raise ConfigError(
+            f"{PREFIX}max_bodies_mb={config.max_bodies_mb:g}: {PREFIX}max_body_mb={config.max_body_mb:g}, so a body of "
+            "that size would never be taken; give at least as much"
+        )
     config.check_tls()
     if config.api_keys is None and not config.is_local:
         raise ConfigError(

@@ -6,7 +6,6 @@ client has messages of the same names in the common pool.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import traceback
 import uuid
@@ -20,6 +19,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, json_format, messag
 
 from grbench import __version__
 from grbench.serve import describe
+from grbench.serve.bodies import on_thread
 from grbench.serve.counted import Counted
 from grbench.serve.describe import EXTENSIONS, PLATFORM, VERSION
 from grbench.serve.errors import RefusedError, invalid
@@ -177,15 +177,16 @@ class Rpc:
         return json_format.ParseDict(content, self._classes[name]())
 
     async def _infer(self, request: Any, context: Any) -> Any:
-        with Counted(self._service, _metadata(context), request.id[:128]) as counted:
+        counting = Counted(self._service, _metadata(context), request.id[:128])
+        with counting as counted, self._service.bodies.held() as held:
+            held.reach(size := request.ByteSize())
             self._service.serving(request.model_name, request.model_version)  # a wrong name first
             parameters = {name: _value(value) for name, value in request.parameters.items()}
             ident = text_of(request.id, "id")
             outputs = {text_of(output.name, f"outputs[{i}].name"): True for i, output in enumerate(request.outputs)}
             for part in (*request.inputs, *request.outputs):
                 check_output(part.parameters, shown(part.name))
-            large = request.ByteSize() > INLINE
-            tensors = await asyncio.to_thread(_tensors, request) if large else _tensors(request)
+            tensors = await on_thread(_tensors, request) if size > INLINE else _tensors(request)
             left_s = context.time_remaining()
             limit_s = math.inf if left_s is None else left_s
             came = counted.begun  # gRPC hands a call over once all of it is there

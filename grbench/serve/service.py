@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from grbench.deployment import Deployment
 from grbench.execution.heap import give_back, leave_out, settle
 from grbench.gate.measured import tier_of
+from grbench.serve.bodies import Bodies
 from grbench.serve.controller import Answer, Controller, Queued, watch_times
 from grbench.serve.describe import VERSION
 from grbench.serve.errors import RefusedError, invalid
@@ -52,6 +53,7 @@ class Service:
         self._load, self._source = load, source
         self.deployment = deployment
         self.metrics = Metrics(_limit_s(deployment))
+        self.bodies = Bodies(config.max_bodies_mb, self.metrics)
         self.last_ms = 0  # when the newest call ended, milliseconds of the epoch
         self.newest_ms: deque[float] = deque(maxlen=KEPT_LATENCIES)
         self.draining = False

@@ -303,6 +303,7 @@ def test_a_client_that_does_not_send_its_body_is_refused(server: Serving) -> Non
         with slow.makefile() as lines:
             status, body = next(lines), lines.read(300)
     assert status.startswith("HTTP/1.1 408") and "serve.body_timeout_s" in body
+    assert server.metric("grbench_body_bytes") == 0
 
 
 def test_a_body_that_comes_slowly_uses_up_no_wait_for_company(trace: Any) -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import gc
+import json
+import socket
+import threading
+import time
 import types
 from collections import deque
+from contextlib import ExitStack, closing
+from http.client import HTTPConnection
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.serving import TINY, Serving, serving
+import tritonclient.grpc as tritongrpc
+from helpers.serving import TINY, Serving, as_json, serving, tensors_of, tiny_trace, wait_until
 
-from grbench.serve import server
+from grbench.serve import http, server
 from grbench.serve import service as services
 from grbench.serve import strategy as strategies
 from grengines.cache import policies
@@ -78,3 +85,76 @@ def test_users_and_calls_leave_nothing_beyond_the_bounds(monkeypatch: pytest.Mon
     assert not grown, f"{CALLS} users and calls more left these longer"
     assert judged > CALLS / 2, "the reference has judged few answers, so this says nothing about what it keeps"
     assert len(before) > 500, "it has looked at few containers"
+
+
+def head(size: int | None) -> bytes:
+    """The headers of a call whose body has this size. None: its client does not say."""
+    length = "Transfer-Encoding: chunked" if size is None else f"Content-Length: {size}"
+    return f"POST /v2/models/hstu_tiny/infer HTTP/1.1\r\nHost: localhost\r\n{length}\r\n\r\n".encode()
+
+
+def padded(size: int) -> bytes:
+    """A call whose body has this size."""
+    inputs = as_json(tensors_of(tiny_trace()[1].requests[:1]))
+    return json.dumps({"inputs": inputs}).encode().ljust(size)
+
+
+def held(running: Serving) -> float:
+    return running.metric("grbench_body_bytes")
+
+
+@pytest.mark.parametrize(
+    "half", [head(90_000) + b"{", head(None) + b"15f90\r\n" + b" " * 90_000], ids=["length", "none"]
+)
+def test_bodies_have_one_bound_together(half: bytes) -> None:
+    """Two halves fill it. A third call is refused until the clients of the halves have left."""
+    words = ["serve.max_body_mb=0.1", "serve.max_bodies_mb=0.2", "serve.body_timeout_s=60"]
+    with serving("engine=hstu", *TINY, *words) as running, ExitStack() as stack:
+        halves = [stack.enter_context(socket.create_connection(("127.0.0.1", running.port))) for _ in range(2)]
+        for one in halves:
+            one.sendall(half)
+        wait_until(lambda: held(running) == 180_000)
+        third = stack.enter_context(closing(HTTPConnection("127.0.0.1", running.port)))
+        triton = stack.enter_context(tritongrpc.InferenceServerClient(f"127.0.0.1:{running.grpc_port}"))
+        large = tritongrpc.InferInput("TOKENS", [3000], "INT64")
+        large.set_data_from_numpy(np.zeros(3000, np.int64))
+
+        def third_call(size: int) -> tuple[int, Any, Any]:
+            third.request("POST", "/v2/models/hstu_tiny/infer", padded(size))
+            answer = third.getresponse()
+            return answer.status, json.loads(answer.read()), answer.headers
+
+        line = "body: all bodies in the server would have more than 0.2 MB (serve.max_bodies_mb)"
+        status, answer, headers = third_call(30_000)
+        assert (status, answer, headers["retry-after"]) == (503, {"error": line}, "1")
+        assert third_call(0)[0] == 200  # a small one fits, on the same connection
+        with pytest.raises(tritongrpc.InferenceServerException, match=r"UNAVAILABLE.*serve\.max_bodies_mb"):
+            triton.infer("hstu_tiny", [large])
+        assert running.metric("grbench_shed_total", reason="bodies") == 2
+        assert running.metric("grbench_requests_total", status="503") == 2
+        for one in halves:
+            one.close()
+        wait_until(lambda: held(running) == 0)
+        assert third_call(90_000)[0] == 200
+        with pytest.raises(tritongrpc.InferenceServerException, match="INVALID_ARGUMENT"):
+            triton.infer("hstu_tiny", [large])
+        assert held(running) == 0
+
+
+def test_the_body_of_a_client_that_has_left_counts_while_a_thread_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, parse_call = threading.Event(), http.parse_call
+
+    def slowly(body: bytes, length: str | None) -> Any:
+        read.wait(60)
+        return parse_call(body, length)
+
+    monkeypatch.setattr(http, "parse_call", slowly)
+    with serving("engine=hstu", *TINY, "serve.grpc_port=null") as running:
+        with socket.create_connection(("127.0.0.1", running.port)) as leaves:
+            leaves.sendall(head(150_000) + padded(150_000))
+            wait_until(lambda: held(running) == 150_000)
+        time.sleep(0.5)
+        assert held(running) == 150_000
+        read.set()
+        wait_until(lambda: held(running) == 0)
+        assert running.metric("grbench_requests_total", status="499") == 1

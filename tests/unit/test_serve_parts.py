@@ -34,6 +34,7 @@ from uvicorn.server import ServerState
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError
 from grbench.serve import connections, describe
+from grbench.serve.bodies import Bodies
 from grbench.serve.costs import Costs, Kind
 from grbench.serve.errors import RefusedError
 from grbench.serve.exchange import HttpRequest, HttpResponse, Target
@@ -325,6 +326,7 @@ class _Starting:
         self.config = SimpleNamespace(api_keys=None, max_body_mb=1.0, most_connections=260, host="::1", grpc_port=0,
                                       tls_cert_file=None, tls_key_file=None)  # fmt: skip
         self.ready, self.log, self.metrics, self.traces = False, Log(io.StringIO()), Metrics(None), None
+        self.bodies = Bodies(1.0, self.metrics)
         self.limits: list[float] = []
 
     def serving(self, *_: Any) -> None:
@@ -385,9 +387,12 @@ class _Calls:
     def target(self, path: str) -> Target | None:
         return Target(self._answer, {"path": path}) if path.startswith("/v2") else None
 
+    def _came(self, size: int) -> None:
+        pass
+
     async def _answer(self, asked: HttpRequest) -> HttpResponse:
         try:
-            body = await asked.body(20, 0.1)
+            body = await asked.body(20, 0.1, self._came)
         except TimeoutError:
             return HttpResponse(408, b"late", {"connection": "close"})
         given = asked.headers.get("authorization", "") + asked.headers.get("x-grbench-last", "")
@@ -546,7 +551,7 @@ class _Left(_Calls):
 
     async def _answer(self, asked: HttpRequest) -> HttpResponse:
         try:
-            await asked.body(20, 60)
+            await asked.body(20, 60, self._came)
             await asyncio.sleep(60)
         except asyncio.CancelledError:
             self.ended.set_result(asked.names["path"])
@@ -647,6 +652,7 @@ def test_a_client_that_reads_slowly_gets_its_whole_answer_at_the_end(
         ),
         (["replicas=2", "port=0"], "serve.port=0: with replicas HAProxy listens, and it needs a port"),
         (["replicas=2", "grpc_port=0"], "serve.grpc_port=0: with replicas HAProxy listens, and it needs a port"),
+        (["max_bodies_mb=8"], "serve.max_bodies_mb=8: serve.max_body_mb=16, so a body of that size would never"),
     ],
 )
 def test_wrong_options_of_the_server_are_refused_first(tmp_path: Path, options: list[str], words: str) -> None:
