@@ -97,7 +97,7 @@ def _parsed(body: bytes, end: int) -> Call:
         check_output(wanted, key)
         form = _flag(wanted, "binary_data", binary, f"{key}.parameters")
         outputs[text_of(output.get("name"), f"{key}.name")] = form
-    tensors = _tensors(_list(content.get("inputs"), "inputs"), memoryview(body)[end:])
+    tensors = _tensors(_list(content.get("inputs"), "inputs"), body, end)
     return Call(tensors, text_of(content.get("id", ""), "id"), parameters, outputs, binary)
 
 
@@ -137,12 +137,15 @@ def _leaves(content: Any) -> Iterator[tuple[str, Any]]:
         left += reversed(inside)
 
 
-def _tensors(inputs: list[Any], rest: memoryview) -> dict[str, Tensor]:
-    """Read the inputs. rest: the binary tensors behind the JSON, in the order of the inputs that have one."""
+def _tensors(inputs: list[Any], body: bytes, at: int) -> dict[str, Tensor]:
+    """Read the inputs. at: where the binary tensors begin, in the order of the inputs that have one."""
     tensors: dict[str, Tensor] = {}
     for number, one in enumerate(inputs):
-        if (nbytes := _usual_size(one, len(rest))) and one["name"] not in tensors:
-            tensors[one["name"]], rest = np.frombuffer(rest[:nbytes], DTYPES[one["datatype"]]), rest[nbytes:]
+        left = len(body) - at
+        if (nbytes := _usual_size(one, left)) and one["name"] not in tensors:
+            dtype = DTYPES[one["datatype"]]
+            tensors[one["name"]] = np.frombuffer(body, dtype, nbytes // SIZES[dtype], at)
+            at += nbytes
             continue
         name = text_of(_object(one, f"inputs[{number}]").get("name"), f"inputs[{number}].name")
         if name in tensors:
@@ -157,11 +160,12 @@ def _tensors(inputs: list[Any], rest: memoryview) -> dict[str, Tensor]:
             continue
         if type(size) is not int:
             raise invalid(f"{name}.parameters.binary_data_size={typed(size)}: allowed is an integer")
-        if not 0 <= size <= len(rest):
-            raise invalid(f"{name}.parameters.binary_data_size={shown(size)}: {len(rest)} bytes are left in the body")
-        tensors[name], rest = tensor_of_bytes(rest[:size], dtype, shape, name), rest[size:]
-    if len(rest):
-        raise invalid(f"body: {len(rest)} bytes are left behind the last input; check the sizes of the binary tensors")
+        if not 0 <= size <= left:
+            raise invalid(f"{name}.parameters.binary_data_size={shown(size)}: {left} bytes are left in the body")
+        tensors[name] = tensor_of_bytes(memoryview(body)[at : at + size], dtype, shape, name)
+        at += size
+    if left := len(body) - at:
+        raise invalid(f"body: {left} bytes are left behind the last input; check the sizes of the binary tensors")
     return tensors
 
 
