@@ -32,6 +32,7 @@ class Connection(HttpToolsProtocol):
     _is_beyond = False  # as many connections were open before as there may be
     _bare = 0  # bytes that came since a request began or a part of its body came, but not with it
     _parsed = 0  # bytes of the headers or trailers that the parser has found; `_bare` lacks those that came with others
+    _found: tuple[bytes, Target | None] = b"", None  # the newest call's URL, which others have too, and its target
     _answered: Any = None  # the newest request that is being answered or was; others that have come wait for it
     _timer: asyncio.TimerHandle
     _ends: float  # the loop's time at which it is closed, unless something comes before
@@ -99,9 +100,9 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_headers, self._parsed = False, 0
         self._ends = math.inf
-        self.headers = self.headers.copy()  # takes the trailers of a chunked body, which are no headers of the request
         before = self.cycle
         if (target := self._target()) is None:
+            self.headers = self.headers.copy()  # takes trailers of a chunked body, which are no headers of the request
             super().on_headers_complete()
             if self.expect_100_continue and self.cycle is not before:
                 self.cycle.keep_alive = False  # nothing reads the body: the next request might be taken for it
@@ -124,10 +125,11 @@ class Connection(HttpToolsProtocol):
         method = self.parser.get_method()
         if method != b"POST" and not self._is_beyond:
             return None
-        path = httptools.parse_url(self.url).path.decode("ascii")
-        path = unquote(path) if "%" in path else path
-        found: Target | None = self.app.last_target(method, path) if self._is_beyond else self.app.target(path)
-        return found
+        if self._is_beyond:
+            return self.app.last_target(method, _path_of(self.url))  # type: ignore[no-any-return]
+        if self.url != self._found[0]:
+            self._found = self.url, self.app.target(_path_of(self.url))
+        return self._found[1]
 
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
@@ -169,3 +171,8 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
         if isinstance(self._answered, Exchange):
             self._answered.leave()
+
+
+def _path_of(url: bytes) -> str:
+    path = httptools.parse_url(url).path.decode("ascii")
+    return unquote(path) if "%" in path else path

@@ -71,7 +71,9 @@ class Exchange(RequestResponseCycle):
             keep_alive=keep_alive,
             on_response=connection.on_response_complete,
         )
-        self._target, self._given = target, list(connection.scope["headers"])
+        self._target = target
+        given = reversed(connection.headers)
+        self._headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in given}
         self._task: asyncio.Task[None] | None = None  # while it answers
 
     def leave(self) -> None:
@@ -84,9 +86,8 @@ class Exchange(RequestResponseCycle):
         if self.disconnected:
             return
         self._task = asyncio.current_task()
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(self._given)}
         try:
-            answer = await self._target.endpoint(HttpRequest(headers, self._target.names, self.read))
+            answer = await self._target.endpoint(HttpRequest(self._headers, self._target.names, self.read))
             if self.flow.write_paused and not self.disconnected:
                 await self.flow.drain()
             if not self.disconnected:
