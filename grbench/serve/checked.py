@@ -32,15 +32,12 @@ class CheckedEngine:
         self.spec = spec
         self.engine: Any = None
         self.actual: dict[str, Any] = {}
+        self.device = "cpu"  # of `actual`: each call asks for it
         self.gate_figures: dict[str, Any] = {}
         self.start_s: dict[str, float] = {}  # seconds of the parts of `build`
         self._trace, self._retrieval = trace, retrieval
         self._gate: Gate | None = None
         self.unwanted = threading.Event()  # the server ends: `build` stops after the part that it is in
-
-    @property
-    def device(self) -> str:
-        return str(self.actual.get("device", "cpu"))
 
     @property
     def host_loops(self) -> str:
@@ -75,6 +72,7 @@ class CheckedEngine:
             times.append(time.perf_counter())
             self._go_on()
             self.actual = engine.actual()
+            self.device = str(self.actual.get("device", "cpu"))
             if self._gate is None:
                 self._gate = gate_for(spec, trace, self._retrieval, self.actual, keeps=False)
             times.append(time.perf_counter())
