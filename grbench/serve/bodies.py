@@ -21,8 +21,7 @@ class Bodies:
     """
 
     def __init__(self, most_mb: float, metrics: Metrics) -> None:
-        self._most_mb, self._bytes = most_mb, 0
-        self._shed = metrics.shed.labels("bodies")
+        self._most_mb, self._bytes, self._shed = most_mb, 0, metrics.shed
         metrics.body_bytes.set_function(lambda: self._bytes)
 
     def held(self) -> Held:
@@ -32,7 +31,7 @@ class Bodies:
     def take(self, size: int) -> None:
         """Count bytes. Raises RefusedError if they are too many with those before, and then counts none."""
         if self._bytes + size > self._most_mb * 1e6:
-            self._shed.inc()
+            self._shed.labels("bodies").inc()
             line = f"body: all bodies in the server would have more than {self._most_mb:g} MB (serve.max_bodies_mb)"
             raise RefusedError(503, line, 1.0)  # HAProxy tries another replica
         self._bytes += size
