@@ -68,4 +68,5 @@ def _right(scores: Sequence[Float32Array], counts: list[int], width: tuple[int, 
         together = scores[0] if is_one else np.concatenate(scores, dtype=np.float32, casting="no")
     except (TypeError, ValueError):  # of several types or shapes
         return False
-    return together.shape[1:] == width and list(map(len, scores)) == counts and bool(np.isfinite(together).all())
+    shape = (sum(counts), *width)  # that of one score without a list, too, which has no length
+    return together.shape == shape and list(map(len, scores)) == counts and bool(np.isfinite(together).all())

@@ -138,3 +138,9 @@ def test_a_rounding_error_that_rounding_cannot_explain_is_refused() -> None:
     for error in (0.26, float("nan")):
         with pytest.raises(IncorrectError, match="plausible for 2 layers"):
             require_plausible(error, "bf16", 2)
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (1, 1)])
+def test_the_form_of_a_single_answer_is_checked(shape: tuple[int, ...]) -> None:
+    problem = Form(None).problem([request(0, 5)], result([np.ones(shape, np.float32)]))
+    assert problem == f"request 0: scores are {list(shape)} float32, expected [3] float32"
