@@ -220,7 +220,8 @@ class Api:
         if not is_large:
             held.reach(int(length))
             try:
-                body = await asked.body(most, config.body_timeout_s, held.reach)
+                # One that is too large gets 413, and not the status of one too many.
+                body = await asked.body(most, config.body_timeout_s, lambda size: held.reach(min(size, most)))
             except TimeoutError:
                 raise RefusedError(
                     408, f"body: it did not come within {config.body_timeout_s:g} s (serve.body_timeout_s)"

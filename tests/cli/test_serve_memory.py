@@ -141,6 +141,18 @@ def test_bodies_have_one_bound_together(half: bytes) -> None:
         assert held(running) == 0
 
 
+def test_a_body_that_is_too_large_is_not_one_too_many() -> None:
+    """It would be refused in an idle server too, so that a client is not to send it again."""
+    words = ["serve.max_body_mb=0.1", "serve.max_bodies_mb=0.1", "serve.grpc_port=null"]
+    with serving("engine=hstu", *TINY, *words) as running:
+        for size in (100_001, 300_000):
+            with closing(HTTPConnection("127.0.0.1", running.port)) as client:
+                client.request("POST", "/v2/models/hstu_tiny/infer", iter([b" " * size]))
+                answer = client.getresponse()
+                assert answer.status == 413 and b"serve.max_body_mb" in answer.read()
+        assert held(running) == 0
+
+
 def test_the_body_of_a_client_that_has_left_counts_while_a_thread_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     read, parse_call = threading.Event(), http.parse_call
 
