@@ -274,12 +274,12 @@ def test_a_machine_with_bursts_of_other_work_certifies_where_tries_leave_room_fo
 ) -> None:
     """Batches take five times as long in 2 of 21 spans of 5 s, so that a run with a burst has a p99 of seconds.
 
-    Of these seeds 14 alone is certified if no try is lowered so that another one has room. docs/SEARCHES.md has the
-    shares of seeds 1 to 16.
+    Seed 7 is not certified if no try is lowered so that another one has room. docs/SEARCHES.md has the shares of 16
+    seeds.
     """
     words, most, built = setup
     certified = 0
-    for seed in (1, 2, 4, 14):
+    for seed in (4, 7, 10):
         machine = Queue(lambda spec: 3.0 if spec.engine.name == "hstu" else 9.0, most, seed, 2 / 21)
         folder = tmp_path / str(seed)
         _, certificate, _ = searched(machine, words, built, 5, folder, monkeypatch)
@@ -289,7 +289,7 @@ def test_a_machine_with_bursts_of_other_work_certifies_where_tries_leave_room_fo
             latencies = [machine.latencies_ms(found.folder) for found in certificate.outcomes if found.folder]
             assert all(np.percentile(its, 99) <= 80.0 for its in latencies) and len(latencies) >= 2
             assert rates.rate_of(certificate.step) >= 0.5 * most
-    assert certified >= 3
+    assert certified == 3
 
 
 def test_sizing_orders_nothing_unless_answers_change(setup: tuple[list[str], float, Space]) -> None:
