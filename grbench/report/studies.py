@@ -3,7 +3,8 @@
 A report's folder holds
 
     notes.md                     a title and what people wrote
-    records/<cell>/record.json   as a run leaves it, with quality.parquet, and samples.parquet if all are small
+    records/<cell>/record.json   as a run leaves it, but without its place in MLflow's store, which readers don't have;
+                                 with quality.parquet, and samples.parquet if all are small
     records/<job>/results.json   as `grbench kernels`, `grbench cachesim` and the programs in experiments/ leave it
     README.md                    the page: rebuilt, never edited
 
@@ -12,6 +13,7 @@ All records of a report have one commit, which is clean, and one machine.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -93,11 +95,13 @@ def keep(source: Path, folder: Path) -> None:
     cells, tables, _ = _read(source)
     samples = [path / SAMPLES_FILE for path, _ in cells if has_samples(path)]
     small = sum(file.stat().st_size for file in samples) <= SMALL
-    wanted = {RECORD_FILE, RESAMPLES_FILE, *([SAMPLES_FILE] if small else [])}
+    wanted = {RESAMPLES_FILE, *([SAMPLES_FILE] if small else [])}
     with atomic_io.scratch(folder / RECORDS) as made:
         for (path, _), label in zip(cells, labels([record for _, record in cells]), strict=True):
             target = made / re.sub(r"[^\w=.,-]+", "_", label)
             target.mkdir()
+            record = json.loads((path / RECORD_FILE).read_text()) | {"tracking": {}}
+            (target / RECORD_FILE).write_text(json.dumps(record, indent=1, sort_keys=True))
             for name in wanted:
                 if (path / name).is_file():
                     shutil.copy(path / name, target)

@@ -189,6 +189,9 @@ def test_records_are_kept_under_the_names_of_their_cells(report: Path, tmp_path:
         shutil.copytree(path, runs / str(number))
         (runs / str(number) / SAMPLES_FILE).write_bytes(bytes(size))
         (runs / str(number) / "worker.log").write_text("a log\n")
+        file = runs / str(number) / RECORD_FILE
+        logged = {"run_id": "1", "uri": "sqlite:////home/me/mlruns.db"}
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"tracking": logged}))
     results.save(runs / "job", {**results.origin(["a", "command"]), **origin_of(report)}, [{"variant": "a"}])
     shutil.copytree(runs / "job", runs / ARTIFACTS / "a run" / "artifacts")  # MLflow's copy
     shutil.copytree(runs / "0", runs / ARTIFACTS / "another" / "artifacts")
@@ -198,6 +201,7 @@ def test_records_are_kept_under_the_names_of_their_cells(report: Path, tmp_path:
     samples = {name for name in added if name.endswith(SAMPLES_FILE)}
     assert added - samples == {"records/job/results.json"}
     assert len(samples) == (6 if size == 1000 else 0)  # small ones are kept, large ones are not
+    assert not any("mlruns" in path.read_text() for path in report.rglob(RECORD_FILE))
 
 
 def test_records_of_the_report_itself_are_kept(report: Path) -> None:
