@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from grbench.config.compose import compose_spec
 from grbench.config.jobs import Job
-from grbench.config.schema import RunConfig, RunSpec
+from grbench.config.schema import RunConfig, RunSpec, weights_of
 from grbench.execution import records
 from grbench.execution.clock import SILENCE_S
 from grbench.execution.earlier import environment_difference
@@ -91,6 +91,9 @@ class LiveEvaluator:
         self._base = _quality_class(next(iter(specs.values())))  # of the default configuration
         limits = declared.goal.limits
         self._limited = any(limit.metric.startswith("quality/") for limit in limits)
+        # Quality takes minutes on a CPU, and only a limit and objective=pareto, whose front has the loss, read it.
+        pareto = declared.goal.objective == "pareto" and declared.fixed_value("gate.quality_requests") is None
+        self._reads_quality = self._limited or pareto
         self._goodput = any(limit.metric == "goodput_rps" for limit in limits)
         self._bounds_ms = {limit.metric: limit.bound for limit in limits if limit.metric.startswith("latency_ms/")}
         self._widest_ms = max(self._bounds_ms.values(), default=0.0)
@@ -289,7 +292,7 @@ class LiveEvaluator:
             if record.ok and STARTED in record.metrics:
                 self._starts.add(configuration, max(record.duration_s - record.metrics.get("duration_s", 0.0), 0.0))
             outcome = self._outcome(configuration, folder, record, True, 0.0)
-            if self._limited and record.ok and not any(name.startswith("quality/") for name in outcome.metrics):
+            if self._lacks_quality(record, outcome):
                 continue
             found.append((probe, outcome))
         return sorted(found, key=lambda pair: (pair[0].rate is not None, pair[0].requests))
@@ -312,6 +315,8 @@ class LiveEvaluator:
                 and record.spec["scenario"].get("mode") != "accuracy"  # its arrivals are LoadGen's for another purpose
                 and not environment_difference(record.environment, here)
             ]
+            for _, record in self._usable[configuration]:  # one that lacks quality may come before one that has it
+                self._learn_quality(configuration, record)
         return self._usable[configuration]
 
     def certifying(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
@@ -344,7 +349,7 @@ class LiveEvaluator:
             if record.status is Status.STOPPED and judged_ms < self._widest_ms:
                 continue
             outcome = self._outcome(configuration, folder, record, True, 0.0)
-            if self._limited and record.ok and not any(name.startswith("quality/") for name in outcome.metrics):
+            if self._lacks_quality(record, outcome):
                 continue
             if judged_ms > limit_ms or (judged_ms < limit_ms and not outcome.metrics.get(VALID)):
                 outcome.metrics = {name: value for name, value in outcome.metrics.items() if name != VALID}
@@ -400,10 +405,10 @@ class LiveEvaluator:
             words.append(f"seed={seed}")
         if (limit_ms := self._limit_ms(configuration, probe)) != self._specs[configuration].latency_limit_ms:
             words.append(f"latency_limit_ms={limit_ms!r}")
-        if declared.fixed_value("gate.quality_requests") is None and self._weights:
+        if declared.fixed_value("gate.quality_requests") is None and self._trained(configuration):
             if self._limited and declared.fixed_value("gate.allow_loss") is None:
                 words.append(f"gate.allow_loss={LOSSY}")  # the limit decides
-            if _quality_class(self._specs[configuration]) in self._quality:
+            if not self._reads_quality or _quality_class(self._specs[configuration]) in self._quality:
                 words.append("gate.quality_requests=0")
         return words
 
@@ -416,9 +421,14 @@ class LiveEvaluator:
         typed = self._declared.fixed_value("latency_limit_ms") is not None
         return bound if bound and not typed else self._specs[configuration].latency_limit_ms
 
-    @property
-    def _weights(self) -> bool:
-        return (self._declared.fixed_value("model.weights") or "null") != "null"
+    def _trained(self, configuration: Configuration) -> bool:
+        return None not in weights_of(self._specs[configuration]).values()
+
+    def _lacks_quality(self, record: RunRecord, outcome: Outcome) -> bool:
+        """Return True for an earlier measurement without the quality that the search reads: it is measured again."""
+        if not record.ok or any(name.startswith("quality/") for name in outcome.metrics):
+            return False
+        return self._limited or (self._reads_quality and record.spec["gate"]["quality_requests"] == 0)
 
     def _compose(self, configuration: Configuration, probe: Probe) -> tuple[RunSpec, RunConfig, tuple[str, ...]]:
         words = self.words(configuration, probe)
@@ -458,11 +468,7 @@ class LiveEvaluator:
     def _outcome(
         self, configuration: Configuration, folder: Path, record: RunRecord, kept: bool, seconds: float
     ) -> Outcome:
-        alike = _quality_class(self._specs[configuration])
-        if found := quality_metrics(record):
-            self._quality[alike] = found
-            ends = {name: its for name, its in record.intervals.items() if name.startswith("quality/")}
-            self._quality_ends[alike] = {as_limited(name): its for name, its in ends.items()}
+        self._learn_quality(configuration, record)
         quality = self.quality(configuration)
         if record.ok and emulated(record):
             return Outcome(str(Status.UNAVAILABLE), error=EMULATED, seconds=seconds, kept=kept, folder=folder)
@@ -478,6 +484,13 @@ class LiveEvaluator:
             kept=kept,
             folder=folder,
         )
+
+    def _learn_quality(self, configuration: Configuration, record: RunRecord) -> None:
+        if found := quality_metrics(record):
+            alike = _quality_class(self._specs[configuration])
+            self._quality[alike] = found
+            ends = {name: its for name, its in record.intervals.items() if name.startswith("quality/")}
+            self._quality_ends[alike] = {as_limited(name): its for name, its in ends.items()}
 
     def _batches(self, folder: Path) -> list[tuple[int, float]]:
         """Return `batches_of` a cell; none where its samples are damaged, and a line that says so."""

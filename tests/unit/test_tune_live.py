@@ -35,6 +35,8 @@ DEFAULT, WINDOW = WINDOWS
 FIFTH = " (a fifth of the budget, but at least 45 s; runner.timeout_s=SECONDS gives it more)"
 HALF = " (half of the budget, but at least 120 s; runner.timeout_s=SECONDS gives it more)"
 RUNS = [(1000, 101), (3000, 102), (3000, 103)]  # requests and seeds of runs that certify
+WEIGHTS = ROOT / "experiments" / "weights" / "ml_100k" / "ranker" / "weights.safetensors"
+NO_QUALITY = "gate.quality_requests=0"
 CELL_S = 1.5  # of the cells of `write_cell`
 OFFLINE, SERVER = Probe(None, 512), Probe(100.0, 2000)
 
@@ -81,7 +83,8 @@ def evaluator(
     say: Callable[[str], None] = print,
 ) -> LiveEvaluator:
     bounds = [word for word in words if limits.is_limit(word.partition("=")[0])]
-    fixed = ["task=rank", "engine=hstu", *(word for word in words if word not in bounds)]
+    task = [] if any(word.startswith("task=") for word in words) else ["task=rank"]
+    fixed = [*task, "engine=hstu", *(word for word in words if word not in bounds)]
     declared = config.declare([*fixed, *bounds, "space=typed", "engine.cpu_threads=1,2"])
     if quality:
         asked = (*declared.goal.limits, limits.parse("quality.auc_loss", "0.1%"))
@@ -372,13 +375,38 @@ def test_the_loss_of_lists_is_a_limit_by_the_name_of_the_figure(tmp_path: Path) 
 def test_quality_is_asked_again_only_where_the_answers_differ(tmp_path: Path, option: str, asked: bool) -> None:
     key, _, value = option.partition("=")
     base, other = Configuration((("cache.policy", "lru"),)), Configuration(((key, value),))
-    weights = ROOT / "experiments" / "weights" / "ml_100k" / "ranker" / "weights.safetensors"
-    words = ["cache=lru", f"model.weights={weights}", "model.tasks=[rated,liked]"]
+    words = ["cache=lru", f"model.weights={WEIGHTS}", "model.tasks=[rated,liked]"]
     measured = Measured(tmp_path, {0: (Status.OK, 0.75, 0.0)})
-    measures = evaluator(measured, tmp_path / "none", *words, configurations=[base, other])
+    measures = evaluator(measured, tmp_path / "none", *words, quality=True, configurations=[base, other])
+    assert NO_QUALITY not in measures.words(base, OFFLINE)
     assert measures.evaluate(base, OFFLINE).ok
-    assert "gate.quality_requests=0" in measures.words(base, OFFLINE)
-    assert ("gate.quality_requests=0" not in measures.words(other, OFFLINE)) is asked
+    assert NO_QUALITY in measures.words(base, OFFLINE)
+    assert (NO_QUALITY not in measures.words(other, OFFLINE)) is asked
+
+
+RANKER = [f"model.weights={WEIGHTS}"]
+GENERATOR = ["task=generate", f"retrieval.weights={WEIGHTS}"]  # no file is read
+
+
+@pytest.mark.parametrize(
+    "words, asked",
+    [
+        (RANKER, False),
+        ([*RANKER, "quality.auc=0.7"], True),
+        ([*RANKER, "objective=pareto"], True),
+        ([*RANKER, "gate.quality_requests=9"], True),
+        (GENERATOR, False),
+        ([*GENERATOR, "quality.hr10=0.01"], True),
+    ],
+)
+def test_quality_is_asked_only_where_the_search_reads_it(tmp_path: Path, words: list[str], asked: bool) -> None:
+    """It takes minutes on a CPU."""
+    [default] = configurations = [Configuration((("engine.cpu_threads", "1"),))]
+    measures = evaluator(Measured(tmp_path, {}), tmp_path / "none", *words, configurations=configurations)
+    for probe in (OFFLINE, SERVER, dataclasses.replace(SERVER, seed=101)):
+        typed = measures.words(default, probe)
+        assert (NO_QUALITY not in typed) is asked
+        assert (f"gate.allow_loss={live.LOSSY}" in typed) is any(word.startswith("quality.") for word in words)
 
 
 @pytest.mark.parametrize(
@@ -413,6 +441,31 @@ def keep(folder: Path, words: list[str], status: Status = Status.OK, **metrics: 
     record.gate["measured"] = {"passed": True}
     record.metrics.update(metrics)
     records.save(record, folder)
+
+
+@pytest.mark.parametrize("read", [["quality.auc_loss=0.1%"], ["objective=pareto"]])
+def test_records_without_quality_are_taken_over_only_where_it_is_not_read(tmp_path: Path, read: list[str]) -> None:
+    """All count once one that answers the same has it."""
+    words = [f"model.weights={WEIGHTS}", "model.tasks=[rated,liked]"]
+    first = evaluator(Measured(tmp_path, {}), tmp_path, *words)
+    sure = Probe(100.0, 12_000, 101)
+    for name, probe in (("1", SERVER), ("2", sure)):
+        keep(tmp_path / name, first.words(WINDOW, probe))
+
+    def known(*more: str) -> list[int]:
+        measures = evaluator(Measured(tmp_path, {}), tmp_path, *words, *more)
+        return [len(measures.known(WINDOW)), len(measures.certifying(WINDOW))]
+
+    assert known() == [1, 1] and known(*read) == [0, 0]
+    later = evaluator(Measured(tmp_path, {}), tmp_path, *words, *read)
+    figures = {"quality/auc": 0.7, "quality/loss/auc": 0.0}
+    keep(tmp_path / "3", later.words(DEFAULT, SERVER), **figures)
+    keep(tmp_path / "4", later.words(WINDOW, SERVER), **figures)
+    assert known() == [2, 1]  # those with quality too
+    measures = evaluator(Measured(tmp_path, {}), tmp_path, *words, *read)
+    assert len(measures.known(DEFAULT)) == 1
+    assert [len(measures.known(WINDOW)), len(measures.certifying(WINDOW))] == [2, 1]
+    assert NO_QUALITY in measures.words(WINDOW, SERVER)
 
 
 @pytest.mark.parametrize("certifies", [False, True])
