@@ -7,6 +7,7 @@ give it, with the figures that were measured for it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -181,12 +182,22 @@ def save(deployment: Deployment, path: str | Path, remark: str = "") -> None:
 
     remark: for people, in comments at its top.
     """
+    lines = textwrap.wrap(remark, 118, break_long_words=False, break_on_hyphens=False)
+    _write(deployment, path, HEADER + "".join(f"# {line}\n" for line in lines))
+
+
+def save_again(deployment: Deployment, path: str | Path) -> None:
+    """Write a changed deployment into its file, which keeps the comments at its top. Raises as `save`, and OSError."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    _write(deployment, path, "".join(itertools.takewhile(lambda line: line.startswith("#"), lines)))
+
+
+def _write(deployment: Deployment, path: str | Path, comments: str) -> None:
+    """Write a deployment file below its comments. Raises ConfigError for one that `load` would refuse."""
     if problem := next(_problems(deployment), None):
         raise ConfigError(f"{path}: {problem}")
     text = yaml.safe_dump(_filled(deployment), sort_keys=False, allow_unicode=True, width=120)
-    lines = textwrap.wrap(remark, 118, break_long_words=False, break_on_hyphens=False)
-    comment = HEADER + "".join(f"# {line}\n" for line in lines)
-    atomic_io.write(Path(path), (comment + text).encode())
+    atomic_io.write(Path(path), (comments + text).encode())
 
 
 def _problems(deployment: Deployment) -> Iterator[str]:

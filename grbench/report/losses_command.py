@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the flags of the command."""
     about = (
         "Fill in the loss of each step under `degrade`, its 95% interval and its record, from records of "
-        "study=quality. The file is written again, without its comments."
+        "study=quality. The file is written again; of its comments only those at its top stay."
     )
     parser = Arguments("losses", about, ["losses best.yaml reports/quality"])
     parser.add_argument("file", type=Path, metavar="FILE", help="the deployment")
@@ -44,7 +44,7 @@ def main(words: Sequence[str]) -> int:
                 print(f"grbench losses: {here}; name the precision where another one serves", file=sys.stderr)
         options = {name: options_of_spec(spec) for name, spec in specs.items()}
         deployment.degrade = with_losses(deployment, options, cells, args.records)
-        deployments.save(deployment, args.file)
+        deployments.save_again(deployment, args.file)
     except ConfigError as e:
         raise CommandError(e if str(e).startswith(str(args.file)) else f"{args.file}: {e}") from e
     except (ReportError, OSError) as e:

@@ -85,6 +85,15 @@ def test_the_command_fills_in_what_the_page_says(tmp_path: Path, capsys: pytest.
     assert f"beams: hr10_loss 0.0498 [0.0354, 0.0653], {beams.record}" in capsys.readouterr().out
 
 
+def test_the_comments_at_the_top_of_the_file_stay(tmp_path: Path) -> None:
+    """`grbench tune` says there why its strategy is not certified."""
+    file, remark = tmp_path / "best.yaml", "The strategy is not certified, because ..."
+    deployments.save(retrieve(Step("short", max_history=8)), file, remark)
+    comments = f"{deployments.HEADER}# {remark}\n"
+    assert main([str(file), str(KEPT)]) == 0
+    assert file.read_text().startswith(f"{comments}version: 1\n") and deployments.load(file).degrade[0].loss
+
+
 def test_the_record_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A deployment is served elsewhere than where its losses were filled in."""
     file = tmp_path / "best.yaml"
