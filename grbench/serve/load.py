@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Sequence
 from functools import partial
 
@@ -40,23 +41,28 @@ def main(words: Sequence[str]) -> int:
 def _require_servers(words: Sequence[str], jobs: Sequence[Job]) -> None:
     """Raise ConfigError where no server answers, or it serves something else than a cell asks for.
 
-    One that still loads its models says so, and the cell waits for it. The machines of a cluster may reach one that
-    this machine does not. words: of the command, for the line that says how to ask for what the server has.
+    One that still loads its models does not say what it serves, so it is waited for; if that takes too long, the cell
+    reports it. The machines of a cluster may reach one that this machine does not. words: of the command, for the line
+    that says how to ask for what the server has.
     """
     from grengines.remote.client import FOREIGN, NO_ANSWER, UNKNOWN_CALLER, ServerError
     from grengines.remote.engine import KEY, START, clients_of, key_of
     from grengines.remote.served import differences, overrides, refusal
+
+    def say(line: str) -> None:
+        print(f"grbench load: {line}", file=sys.stderr, flush=True)
 
     catalogues: dict[str, Catalogue] = {}  # of each workload, which takes a second to read
     for spec, run in (job.config for job in jobs):
         for place, client in enumerate(clients_of(run.engine) if run.runner.cluster == "none" else ()):
             try:
                 status = client.status()
+                if not status["strategies"]:
+                    client.wait_until_ready(run.engine.timeout_s, say)
+                    status = client.status()
             except ServerError as e:
                 if e.status in (NO_ANSWER, FOREIGN, UNKNOWN_CALLER):
                     raise ConfigError(f"{key_of(place)}: {e}; {KEY if e.status == UNKNOWN_CALLER else START}") from None
-                continue
-            if not status["strategies"]:
                 continue
             known = None
             # A file is not read where the server has one too: it may take long, and the cell compares them.
@@ -83,7 +89,8 @@ def _catalogue(workload: WorkloadOptions) -> Catalogue:
 def as_run(words: Sequence[str]) -> list[str]:
     """Return the words of the run that measures servers, from those of the command.
 
-    Several are words `url=URL`, or a list, `url=[URL,URL]`. Each gets its connections (`usual`).
+    Several are words `url=URL`, or a list, `url=[URL,URL]`. Each gets its connections (`usual`). Quality is evaluated
+    only if `gate.quality_requests` is typed: it is that of the weights, and takes minutes through the network.
     """
     given = [word.removeprefix("url=") for word in words if word.startswith("url=")]
     urls = [url for text in given for url in (text[1:-1].split(",") if text.startswith("[") else [text])]
@@ -91,6 +98,9 @@ def as_run(words: Sequence[str]) -> list[str]:
     if len(urls) > 1:
         servers.append(f"engine.more_urls=[{','.join(urls[1:])}]")
     rest = [word for word in words if not word.startswith("url=")]
-    known = {word.partition("=")[0] for word in rest}
-    ours = [f"{key}={value}" for key, value in usual(max(len(urls), 1)).items() if key not in known]
+    known = {word.lstrip("+").partition("=")[0]: word.partition("=")[2] for word in rest}
+    options = usual(max(len(urls), 1))
+    if "accuracy" not in known.get("scenario.mode", ""):  # LoadGen issues the requests that quality is computed from
+        options["gate.quality_requests"] = 0
+    ours = [f"{key}={value}" for key, value in options.items() if key not in known]
     return ["engine=remote", *servers, *ours, *rest]

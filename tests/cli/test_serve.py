@@ -42,6 +42,7 @@ from helpers.serving import (
 from grbench.config.arguments import replaced
 from grbench.execution.records import Status
 from grbench.report.frame import read_cells
+from grbench.serve.load import as_run
 from grbench.serve.options import deployment_of
 from grengines import registry
 from grengines.api import Catalogue, Setup, UnavailableError
@@ -621,13 +622,32 @@ def test_one_command_asks_a_server_for_all_of_its_trained_model(grbench_here: Gr
         asked, command = done.stderr.rstrip().split("; type python -m grbench ")
         assert asked.endswith(f"Asked was histories of up to 512 events, {TASKS}, weights: random, seed 0")
         assert {"workload.max_history=50", *trained[2:]} <= set(shlex.split(command))
+        done = grbench_here(*shlex.split(command), "runner.output_root=untyped")
+        assert done.returncode == 0 and "measuring quality" not in done.stderr, done.stdout + done.stderr
         done = grbench_here(*shlex.split(command), "gate.quality_requests=128")
         assert done.returncode == 0, done.stdout + done.stderr
+    [(_, untyped)] = read_cells([Path("untyped")])
+    assert untyped.status is Status.OK and "quality" not in untyped.gate
     [(_, record)] = read_cells([Path("outputs")])
     assert record.status is Status.OK and record.gate["quality"]["requests"] == 128
     steps = [line.rpartition(": ")[2].partition(" (")[0] for line in done.stderr.splitlines()]
     asked_of = ["measuring quality of the same model in fp32", "measuring quality"]
     assert [step for step in steps if step in asked_of] == asked_of
+
+
+@pytest.mark.parametrize(
+    "typed, added",
+    [
+        ([], True),
+        (["gate.quality_requests=9"], False),
+        (["scenario.mode=accuracy"], False),
+        (["scenario.mode=performance"], True),
+    ],
+)
+def test_a_load_evaluates_quality_only_where_that_is_typed(typed: list[str], added: bool) -> None:
+    """Accuracy mode issues the requests that are evaluated."""
+    words = as_run(["url=http://127.0.0.1:8000", *typed])
+    assert ("gate.quality_requests=0" in words) is added and words[len(words) - len(typed) :] == typed
 
 
 def test_a_load_of_other_actions_is_refused(server: Serving, grbench_here: Grbench, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -184,6 +185,40 @@ def test_what_is_no_server_of_grbench_is_refused(grbench_here: Grbench, tmp_path
         other.shutdown()
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert "it is no server of grbench; start one: grbench serve engine=hstu" in done.stderr
+
+
+def test_what_a_server_does_not_serve_is_refused_once_it_has_loaded(grbench_here: Grbench, tmp_path: Path) -> None:
+    """While it loads its models, it does not say what it serves. The refusal has the whole command."""
+
+    class Loading(BaseHTTPRequestHandler):
+        asked = 0
+
+        def do_GET(self) -> None:
+            if self.path == "/v2/health/ready":
+                Loading.asked += 1
+                self.send_response(503 if Loading.asked == 1 else 200)
+                self.end_headers()
+                return
+            ranker = {"name": "hstu", "engine": "hstu", "precision": "fp32", "weights": "/w.safetensors"}
+            strategies = [ranker | {"model": "hstu_tiny"}] if Loading.asked > 1 else []
+            status = {"task": "rank", "model": "hstu_tiny", "workload": "synthetic", "strategies": strategies}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(status).encode())
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Loading) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        done = load(grbench_here, url, wait_s=20)
+        server.shutdown()
+    assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.rglob("record.json"))
+    waiting, refused = done.stderr.splitlines()
+    assert waiting.startswith("grbench load: waiting for the server, 20 s left")
+    assert f"Asked was weights: random, seed 0; type python -m grbench load url={url} " in refused
+    assert refused.endswith(" model.weights=/w.safetensors")
 
 
 def test_a_server_that_is_not_ready_is_waited_for_in_words(grbench_forked: Grbench) -> None:
