@@ -198,7 +198,8 @@ class Candidate:
     def missing(self) -> str:
         """Return in words what the budget lacks for the runs; "": nothing."""
         wanted, evaluator = self.runs(self.step), self._evaluator
-        if evaluator.share(wanted) <= max(evaluator.left(), 0.0) + evaluator.grace + ROUNDING:
+        # Runs of earlier searches take nothing, so that there is room for them in any case.
+        if evaluator.share(wanted) <= max(evaluator.left() + evaluator.grace, 0.0) + ROUNDING:
             return ""
         requests = f"{wanted[0][1].requests:,} requests"
         runs = f"{self._goal.runs} runs of {requests}" if self._goal.runs > 1 else requests

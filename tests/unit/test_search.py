@@ -601,6 +601,23 @@ def test_a_rate_falls_as_far_for_an_interval_of_one_run_as_for_one_of_all() -> N
     assert low is not None and [low - step for step in tried][:4] == [0, STEPS, 2 * STEPS, 3 * STEPS]
 
 
+def test_tries_that_fail_pass_the_budget_by_its_grace_once() -> None:
+    """A run that certifies ends, even where it passes the budget, so that each try has to have room."""
+
+    class Overdrawn(Capacities):
+        grace = 0.1
+
+        def evaluate(self, configuration: Configuration, probe: Probe) -> Outcome:
+            self.probes.append((configuration, probe))
+            return self.outcome(configuration, probe)
+
+    evaluator = Overdrawn(CAPACITY, worse={101: 0.01})
+    search = searched(evaluator)
+    evaluator.cells = len(evaluator.probes) + 2
+    assert certify(search, evaluator) is None
+    assert -evaluator.grace <= evaluator.left() < 0.0
+
+
 def test_a_loss_that_is_not_proven_ends_the_tries_of_a_configuration() -> None:
     """No lower rate narrows the interval of a loss."""
     evaluator = Capacities(dict.fromkeys(ALL[:1], 100.0))
