@@ -36,7 +36,7 @@ import numpy.typing as npt
 from grbench.execution import stats
 from grbench.execution.environment import machine_of
 from grbench.execution.records import RunRecord
-from grbench.report.cells import GROUPS, Cell, counted, engine_name, figure, labels, named, shown
+from grbench.report.cells import GROUPS, Cell, counted, engine_name, figure, labels, named, number_of, shown
 from grbench.report.frame import ReportError, load_samples
 from grbench.report.repeats import RERUNS, pooled
 from grbench.report.table import notes
@@ -144,8 +144,8 @@ def compare(
     for side, cells, name in zip((base, new), sides, ("BASE", "NEW"), strict=True):
         if not cells:
             reasons = dict.fromkeys(_no_speed(record) for _, record in side if record.ok)
-            why = "; ".join([f"{name} has no OK cell to compare by speed, {len(side)} cells in all", *reasons])
-            raise ReportError(why)
+            none = f"{name} has no OK cell to compare by speed, {number_of(len(side), 'cell')} in all"
+            raise ReportError("; ".join([none, *reasons]))
     result = Comparison(differing=_differing(*sides))
     _require_same_work(result.differing)
     matched = [_by_configuration(side, result.differing) for side in sides]

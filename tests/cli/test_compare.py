@@ -316,7 +316,7 @@ def test_what_does_not_compare_is_refused_with_the_reason(tmp_path: Path) -> Non
         compare(base, [*base, *other])
     assert [change.runs for change in compare([*other, *base], base).changes] == [(5, 5)]  # the other one is left out
     write_cell(tmp_path / "failed" / "a", status=Status.ERROR)
-    with pytest.raises(ReportError, match="NEW has no OK cell to compare by speed, 1 cells in all"):
+    with pytest.raises(ReportError, match="NEW has no OK cell to compare by speed, 1 cell in all"):
         compare(base, read_cells([tmp_path / "failed"]))
 
 
@@ -367,7 +367,7 @@ def test_cells_of_the_accuracy_mode_have_nothing_to_compare(tmp_path: Path, grbe
         assert note.startswith(f"1 {side} cell is left out, because {why}: hstu server")
     done = grbench_here("compare", "base/accuracy", "new/accuracy")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"grbench compare: BASE has no OK cell to compare by speed, 1 cells in all; {why}\n"
+    assert done.stderr == f"grbench compare: BASE has no OK cell to compare by speed, 1 cell in all; {why}\n"
 
 
 def test_options_of_how_much_is_measured_are_noted(tmp_path: Path) -> None:
