@@ -101,7 +101,7 @@ def keep(source: Path, folder: Path) -> None:
             target = made / re.sub(r"[^\w=.,-]+", "_", label)
             target.mkdir()
             record = json.loads((path / RECORD_FILE).read_text()) | {"tracking": {}}
-            (target / RECORD_FILE).write_text(json.dumps(record, indent=1, sort_keys=True))
+            atomic_io.write(target / RECORD_FILE, json.dumps(record, indent=1, sort_keys=True).encode())
             for name in wanted:
                 if (path / name).is_file():
                     shutil.copy(path / name, target)
