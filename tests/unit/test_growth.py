@@ -158,6 +158,20 @@ def test_an_engine_that_warms_up_in_a_fifth_of_the_time_goes_on(words: dict[str,
         growth.see(at_s, arrived, min(arrived, round(330 * at_s + 370 * max(at_s - 12, 0))))
 
 
+@pytest.mark.parametrize("rate, hopeless", [(1500.0, True), (450.0, False)])
+def test_speeds_that_rise_a_little_are_hopeless_far_below_the_arrivals(rate: float, hopeless: bool) -> None:
+    """Other work leaves the cores of an engine, which answers 130 requests/s at first and 150 at last."""
+    growth, stopped = Growth(20.0, 6000, rate), False
+    for i in range(800):
+        at_s = PERIOD_S * i
+        try:
+            growth.see(at_s, min(6000, round(rate * at_s) + 1), round(130 * at_s + 0.25 * at_s**2))
+        except HopelessError:
+            stopped = True
+            break
+    assert stopped is hopeless
+
+
 def test_a_growing_queue_within_the_limit_goes_on() -> None:
     growth = Growth(60_000, 2000, 200.0)
     for reading in range(200):
