@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
 
@@ -55,8 +55,9 @@ class Counts:
     def collect(self) -> Iterator[CounterMetricFamily]:
         """Yield what Prometheus reads."""
         family = CounterMetricFamily(self._name, self._about, labels=self._labels)
+        has_created = _has_created()
         for labels, one in self.by.items():
-            family.add_metric(labels, one.value, created=one.created)
+            family.add_metric(labels, one.value, created=one.created if has_created else None)
         yield family
 
 
@@ -74,7 +75,15 @@ class Spreads:
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """Yield what Prometheus reads."""
         family = HistogramMetricFamily(self._name, self._about, labels=self._labels)
+        has_created = _has_created()
         for labels, one in self.by.items():
             family.add_metric(labels, list(zip(self._bounds, accumulate(one.numbers), strict=True)), one.sum)
-            family.add_sample(f"{self._name}_created", dict(zip(self._labels, labels, strict=True)), one.created)
+            if has_created:
+                family.add_sample(f"{self._name}_created", dict(zip(self._labels, labels, strict=True)), one.created)
         yield family
+
+
+def _has_created() -> bool:
+    """Return whether the library writes when a counter began: PROMETHEUS_DISABLE_CREATED_SERIES=true forbids it."""
+    [family] = Counter("any", "Any counter", registry=None).collect()
+    return any(sample.name.endswith("_created") for sample in family.samples)

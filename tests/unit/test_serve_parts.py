@@ -28,7 +28,14 @@ from helpers.checkout import ROOT
 from helpers.serving import certificate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    enable_created_metrics,
+    generate_latest,
+)
 from uvicorn.server import ServerState
 
 from grbench.config.compose import compose_spec
@@ -237,7 +244,8 @@ def test_metrics_have_the_names_of_triton_and_outcomes() -> None:
     ]  # fmt: skip
 
 
-def test_tallies_are_written_as_the_library_writes_its_own() -> None:
+@pytest.mark.parametrize("has_created", [True, False])
+def test_tallies_are_written_as_the_library_writes_its_own(has_created: bool) -> None:
     """Values at a bound and above the last one too."""
     bounds, values = [0.001, 0.5, 1, 5], [0.0, 0.001, 0.2, 1.0, 1.5, 7.0]
 
@@ -259,7 +267,13 @@ def test_tallies_are_written_as_the_library_writes_its_own() -> None:
         for value in values:
             histogram.labels("queue").observe(value)
 
-    assert written(ours) == written(its)
+    if not has_created:
+        disable_created_metrics()  # as PROMETHEUS_DISABLE_CREATED_SERIES does
+    try:
+        assert written(ours) == written(its)
+        assert any("_created" in line for line in written(ours)) is has_created
+    finally:
+        enable_created_metrics()
 
 
 class _Ready:
