@@ -271,7 +271,7 @@ def refusal(error: RefusedError, ident: str) -> HttpResponse:
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(math.ceil(error.retry_after_s), 1))
         headers["retry-after-ms"] = f"{error.retry_after_s * 1e3:.0f}"
-    if error.status in (408, 413):  # the rest of the body would be the next request
+    if error.status in (408, 413):  # else the rest of the body, of any size or never to end, would be read and dropped
         headers["connection"] = "close"
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
