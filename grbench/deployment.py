@@ -24,6 +24,7 @@ from grbench.config.schema import ConfigError, RunSpec
 from grbench.execution.files import require_weights
 from grengines.api import Request
 from grengines.options import option, violations
+from grengines.overrides import literal
 from grengines.runtime import atomic_io
 from grengines.spec import TASKS
 from grkernels.nearest import nearest
@@ -168,13 +169,22 @@ def load(path: str | Path) -> Deployment:
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path}: not a deployment; it is a mapping with the keys {_keys(Deployment)}")
     try:
-        deployment = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Deployment), content))
+        deployment = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Deployment), _literal(content)))
     except OmegaConfBaseException as e:
         raise ConfigError(f"{path}: {explain(e)}") from None
     assert isinstance(deployment, Deployment)
     if problem := next(_problems(deployment), None):
         raise ConfigError(f"{path}: {problem}")
     return deployment
+
+
+def _literal(content: Any) -> Any:
+    """Return the content of a file with its texts as they stand: what an override refers to is of the run."""
+    if isinstance(content, Mapping):
+        return {key: _literal(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_literal(value) for value in content]
+    return literal(content) if isinstance(content, str) else content
 
 
 def save(deployment: Deployment, path: str | Path, remark: str = "") -> None:

@@ -10,7 +10,12 @@ _BARE = re.compile(r"(?!(?:null|true|false|inf|nan)$)(?:[a-z_/]|\.{1,2}/)[\w/.+%
 
 def override(key: str, text: str) -> str:
     """Return the override that gives an option a text, such as a path."""
-    return f"{key}={quoted(text)}"
+    return f"{key}={quoted(literal(text))}"
+
+
+def literal(text: str) -> str:
+    """Return what OmegaConf reads as this text: `${` alone begins an interpolation."""
+    return re.sub(r"(\\*)\${", lambda found: 2 * found[1] + r"\${", text)
 
 
 def quoted(text: str) -> str:

@@ -41,6 +41,7 @@ from grbench.config.unread import idle_words, unread
 from grbench.execution.clock import SILENCE_S, at_most_every, pace
 from grbench.subcommands import summaries
 from grengines.options import allowed_instead, describe, names_user, user_refused
+from grengines.overrides import quoted
 from grkernels.nearest import nearest
 
 CONFIG_DIR = str(checkout_or_packaged("conf"))
@@ -410,7 +411,7 @@ def _search_path(config_dir: str | None) -> list[str]:
         raise ConfigError(f"--config-dir {config_dir}: no such folder")
     # This replaces the search path of conf/config.yaml, so it names the folder of studies too.
     folders = [str(Path(config_dir).absolute()), str(checkout_or_packaged("experiments"))]
-    return [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"]
+    return [f"hydra.searchpath=[{','.join(quoted(f'file://{folder}') for folder in folders)}]"]
 
 
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:

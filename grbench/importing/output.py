@@ -13,6 +13,7 @@ from grbench.importing.parts import Imported
 from grengines.models.hstu.config import HSTUConfig
 from grengines.models.hstu.weights import metadata_of
 from grengines.options import violations
+from grengines.overrides import literal
 from grengines.runtime import atomic_io
 
 
@@ -36,7 +37,7 @@ def write(imported: Imported, out: Path) -> Path:
     path = out.parent / "model" / f"{out.stem}.yaml"
     options = {"name": out.stem, **imported.options}
     if imported.weights_key == "model.weights":
-        options["weights"] = str(out.absolute())
+        options["weights"] = literal(str(out.absolute()))
     head = f"defaults: [/schema/model/{imported.schema}@_here_, _self_]\n"
     atomic_io.write(path, (head + yaml.safe_dump(json.loads(json.dumps(options)), sort_keys=False)).encode())
     return path

@@ -15,7 +15,7 @@ from grbench.tune.config import Declared
 from grbench.tune.live import BATCHING
 from grengines import registry
 from grengines.options import files
-from grengines.overrides import quoted
+from grengines.overrides import override
 
 FILE = "best.yaml"
 # Overrides of how cells run, which are no part of a strategy, and what the deployment has keys for.
@@ -85,13 +85,13 @@ def _from_anywhere(words: list[str], declared: Declared) -> list[str]:
     for word in words:
         key = word.partition("=")[0]
         path = paths.get(key.lstrip("+"))
-        found.append(f"{key}={_absolute(path)}" if path else word)
+        found.append(_absolute(key, path) if path else word)
     typed = {word.lstrip("+").partition("=")[0] for word in words}
-    return [*found, *(f"{key}={_absolute(path)}" for key, path in paths.items() if path and key not in typed)]
+    return [*found, *(_absolute(key, path) for key, path in paths.items() if path and key not in typed)]
 
 
-def _absolute(path: str) -> str:
-    return quoted(str(Path(path).absolute()))
+def _absolute(key: str, path: str) -> str:
+    return override(key, str(Path(path).absolute()))
 
 
 def _besides(word: str) -> bool:

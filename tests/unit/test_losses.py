@@ -261,11 +261,11 @@ def test_the_command_of_a_lacking_record_makes_it(lacking: str) -> None:
     if lacking == "base":
         cells = [cell for cell in cells if cell[1].spec["workload"]["max_history"] == 8]
     with pytest.raises(ConfigError, match="no record has ") as refused:
-        with_losses(deployment, options, cells, "outputs/mine")
+        with_losses(deployment, options, cells, "outputs/${seed}")
     command = re.search(r"; make it: python -m grbench (.*); or type the loss into the file$", str(refused.value))
     assert command is not None
     spec, run = compose_spec(shlex.split(command[1]))
-    assert run.runner.output_root == "outputs/mine" and len(spec.gate.allow_loss) == 4
+    assert run.runner.output_root == "outputs/${seed}" and len(spec.gate.allow_loss) == 4
     folder, made = next(cell for cell in cells if cell[1].spec["task"] == "rank")
     made = copy.deepcopy(made)
     made.spec, made.files, made.actual = spec.to_dict(), spec.file_contents(), {**made.actual, "precision": "fp32"}

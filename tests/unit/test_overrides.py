@@ -8,15 +8,19 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from grbench.config.compose import compose_spec
+from grbench import deployment
+from grbench.config.compose import compose_many, compose_spec
+from grbench.importing import output
+from grbench.importing.parts import Imported
+from grbench.report.frame import ReportError, read_cells
 from grbench.training.session import _command
+from grbench.tune import deploy
 from grengines.models.hstu.config import HSTUConfig
 from grengines.overrides import override, quoted
 from grengines.remote.served import differences, overrides
 
-ODD = 'a b, c=[1]{2}(3), it\'s "new"\\'
+ODD = 'a b, c=[1]{2}(3), it\'s "new" ${seed}\\${seed}\\'
 
 
 @pytest.fixture
@@ -53,11 +57,17 @@ def typed_again(words: list[str]) -> list[str]:
         'a\\"',
         "ü",
         "'",
+        "${seed}",
+        "${",
+        "$${seed}$",
+        "\\\\${seed",
+        '${seed}"\\',
     ],
 )
 def test_an_override_gives_the_text(text: str) -> None:
-    [word] = typed_again([override("model.weights", text)])
-    assert OverridesParser.create().parse_override(word).value() == text
+    [found] = compose_many([typed_again([override("model.weights", text)])])
+    assert not isinstance(found, str), found
+    assert found.model.weights == text
 
 
 def test_a_usual_path_has_no_quotes() -> None:
@@ -81,3 +91,32 @@ def test_the_command_of_a_training_runs_what_it_wrote_wherever_that_is(weights: 
     assert words[:3] == ["python", "-m", "grbench"]
     spec, _ = compose_spec(words[3:])
     assert (spec.model.name, cast(HSTUConfig, spec.model).weights) == ("a b", str(weights))
+
+
+def test_the_command_of_a_report_writes_where_records_are_looked_for(weights: Path) -> None:
+    folder = weights.parent / "none"
+    with pytest.raises(ReportError, match="no such folder") as refused:
+        read_cells([folder])
+    _, run = compose_spec(shlex.split(str(refused.value).split("`")[1])[3:])
+    assert run.runner.output_root == str(folder)
+
+
+def test_a_deployment_has_the_files_of_its_search_wherever_they_are(weights: Path) -> None:
+    declared = cast(Any, SimpleNamespace(task="rank", config_dir=None))
+    words = deploy._from_anywhere(["engine=hstu", override("model.weights", str(weights))], declared)
+    file = weights.parent / "best.yaml"
+    made = deployment.Strategy("ranker", words)
+    step = deployment.Step("short", max_history=8, loss={"auc_loss": 0.1}, record=str(weights.parent.absolute()))
+    deployment.save(deployment.Deployment(1, "rank", {}, [made], [step]), file)
+    found = deployment.load(file)
+    spec, _ = compose_spec(found.strategies[0].overrides)
+    assert cast(HSTUConfig, spec.model).weights == str(weights.absolute())
+    assert found.degrade == [step]
+
+
+def test_imported_weights_are_found_wherever_they_are(weights: Path) -> None:
+    """The command of an import has their name, and a YAML file beside them their path."""
+    (weights.parent / "model").mkdir()
+    made = output.write(Imported({}, {}, "hstu"), weights)
+    spec, _ = compose_spec([f"model={made.stem}"], str(weights.parent))
+    assert cast(HSTUConfig, spec.model).weights == str(weights.absolute())
