@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from grbench.execution.energy import METRIC as JOULES
 from grbench.execution.environment import machine_of
 from grbench.execution.load import DISTURBED
 from grbench.execution.records import IN_RUN, RESAMPLES_FILE, RunRecord
@@ -44,6 +45,8 @@ READING = (
     "change: from the base; of quality over the same resamples of the users, so its interval is that of pairs",
     "requests/s: offline; the interval is over repeats, or of the run's own batches, which says nothing of other runs",
     "p99: of the server with Poisson arrivals, one rate for all",
+    "J/request: joules of the GPU, else of the processor, for each answer, offline or of that server; left out where "
+    "the machine does not tell",
     "[ ]: 95% interval; none is corrected for the number of rows",
 )
 
@@ -244,12 +247,16 @@ class Tradeoff:
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return the heads and the lines of the table."""
-        at = "p99, ms" if self.load is None else f"p99 at {self.load:g} {LOADS['server'][1]}, ms"
+        at = "" if self.load is None else f" at {self.load:g} {LOADS['server'][1]}"
         heads = ["#", _lower(self.axis.title)]
         for text in self.figures.values():
             heads += [text, f"change of {text}"]
-        heads += ["requests/s", "change of requests/s", at]
-        return heads, [self._line(point) for point in self.points]
+        heads += ["requests/s", "change of requests/s", "J/request offline", f"p99{at}, ms", f"J/request{at}"]
+        lines = [self._line(point) for point in self.points]
+        kept = [
+            i for i, head in enumerate(heads) if "J/request" not in head or any(line[i] != MISSING for line in lines)
+        ]
+        return [heads[i] for i in kept], [[line[i] for i in kept] for line in lines]
 
     def _line(self, point: Point) -> list[str]:
         server = self.server(point)
@@ -267,7 +274,8 @@ class Tradeoff:
                 f"{gain.value:+.0%} [{gain.low:+.0%}, {gain.high:+.0%}]",
             )
         )
-        return [*line, _p99(server.record) if server else MISSING]
+        line.append(_joules(point.row.record))
+        return [*line, *([_p99(server.record), _joules(server.record)] if server else [MISSING] * 2)]
 
     def chart(self, number: int) -> Chart:
         """Return the headline figure against requests/s, each with its interval."""
@@ -393,6 +401,10 @@ def _p99(record: RunRecord) -> str:
     if overloaded(record.metrics):
         return f"overloaded: {figure(record.metrics['throughput_rps'])}/s"
     return with_interval(record.metrics.get("latency_ms/p99"), record.intervals.get("latency_ms/p99"))
+
+
+def _joules(record: RunRecord) -> str:
+    return with_interval(record.metrics.get(JOULES), record.intervals.get(JOULES))
 
 
 def _unless(absent: bool, text: str) -> str:

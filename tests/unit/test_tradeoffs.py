@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from helpers.cells import ink, write_cell
 
+from grbench.execution.energy import METRIC as JOULES
 from grbench.execution.load import DISTURBED
 from grbench.execution.records import RESAMPLES_FILE
 from grbench.quality import metrics
@@ -156,6 +157,19 @@ def test_p99_is_that_at_the_load_that_most_cells_have(tmp_path: Path) -> None:
     assert heads[-1] == "p99 at 100 requests/s, ms"
     assert [line[-1] for line in lines] == ["-", "30.0 [28.0, 33.0]", "overloaded: 40.0/s"]
     assert {row.record.spec["scenario"]["target_qps"] for row in beams.rows} == {100}
+
+
+def test_joules_stand_beside_the_throughput_that_they_are_of(tmp_path: Path) -> None:
+    study(tmp_path)
+    for number, joules in ((0, 0.25), (5, 1.5)):  # the base, offline and as a server
+        path = tmp_path / str(number) / "record.json"
+        record = json.loads(path.read_text())
+        record["metrics"][JOULES] = joules
+        path.write_text(json.dumps(record))
+    beams = found(tmp_path)[0]
+    heads, [four, base, many] = beams.table()
+    assert heads[-3:] == ["J/request offline", "p99 at 100 requests/s, ms", "J/request at 100 requests/s"]
+    assert [line[-3::2] for line in (four, base, many)] == [["-", "-"], ["0.250", "1.50"], ["-", "-"]]
 
 
 def test_a_chart_has_intervals_on_both_axes(root: Path) -> None:
