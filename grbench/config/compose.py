@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from grbench.config import malformed
-from grbench.config.composition import compose
+from grbench.config.composition import compose, study_files
 from grbench.config.jobs import Invocation, Job
 from grbench.config.schema import (
     ConfigError,
@@ -153,6 +153,37 @@ def axes_of(overrides: Sequence[str], config_dir: str | None = None) -> tuple[di
         raise ConfigError(explain(e)) from None
     finally:
         GlobalHydra.instance().clear()
+
+
+def set_by_study(keys: Collection[str], overrides: Sequence[str], config_dir: str | None = None) -> dict[str, str]:
+    """Return what a study of these overrides gives these keys, in its files or by its sweep; several as "1,2".
+
+    Raises ConfigError.
+    """
+    if not any(word.startswith("study=") for word in overrides):
+        return {}
+    axes, fixed = axes_of(overrides, config_dir)
+    cases = [f"{key}={value}" for key, values in axes.items() if key.startswith("study/") for value in values]
+    extra, found = _search_path(config_dir), {key: axes.get(key, []) for key in keys}
+    try:
+        with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+            for words in ([], *([case] for case in cases)):
+                for file in study_files("config", [*fixed, *words, *extra]):
+                    for key in keys:
+                        found[key] += _value_in(file, key)
+    except (HydraException, OmegaConfBaseException) as e:
+        raise ConfigError(explain(e)) from None
+    finally:
+        GlobalHydra.instance().clear()
+    return {key: ",".join(dict.fromkeys(values)) for key, values in found.items() if values}
+
+
+def _value_in(file: DictConfig, key: str) -> list[str]:
+    """Return the value that a file has for a key, as it stands; [] if it has none."""
+    node: Any = OmegaConf.to_container(file)
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return [] if node is None else [str(node)]
 
 
 def _typed_key(override: Override) -> str:

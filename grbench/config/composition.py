@@ -14,6 +14,7 @@ from hydra import compose as hydra_compose
 
 # Hydra's own, which are not public: they are the exact rules by which Hydra sets values. hydra-core is pinned to 1.3.8.
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -53,6 +54,18 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
     cfg.hydra.overrides.task = [override.input_line for override in own]
     cfg.hydra.job.override_dirname = get_overrides_dirname(own, **cfg.hydra.job.config.override_dirname)
     return cfg
+
+
+def study_files(config_name: str, overrides: list[str]) -> Iterator[DictConfig]:
+    """Yield the files of the study that overrides choose, each as it stands. Hydra must be initialized."""
+    loader = GlobalHydra.instance().config_loader()
+    assert isinstance(loader, ConfigLoaderImpl)
+    parsed, files = loader._parse_overrides_and_create_caching_repo(config_name, overrides)
+    for one in create_defaults_list(files, config_name, parsed, prepend_hydra=True, skip_missing=False).defaults:
+        path = one.config_path or ""
+        found = files.load_config(path) if path.startswith("study/") else None
+        if found is not None and isinstance(found.config, DictConfig):
+            yield found.config
 
 
 def _only_sets_a_value(override: Override, loader: ConfigLoaderImpl) -> bool:

@@ -18,6 +18,7 @@ import pytest
 from helpers.command import Grbench
 from helpers.serving import TINY, Serving, serving, tiny_trace, wait_until
 
+from grbench.serve.load import as_run
 from grengines.options import violations
 from grengines.remote.client import Client, ServerError
 from grengines.remote.config import RemoteConfig
@@ -151,10 +152,10 @@ def test_a_url_with_a_password_is_refused_where_it_is_not_typed() -> None:
     assert "secret" not in str(refused.value)
 
 
-def load(grbench: Grbench, url: str, wait_s: float) -> Any:
+def load(grbench: Grbench, url: str, wait_s: float, *more: str) -> Any:
     """Measure a server that does not serve."""
     words = [f"url={url}", f"engine.timeout_s={wait_s}", "workload=synthetic", "workload.visits=60", "tracking=none"]
-    return grbench("load", *words, "model=hstu_tiny", "scenario.queries=8")
+    return grbench("load", *words, "model=hstu_tiny", "scenario.queries=8", *more)
 
 
 def test_a_server_that_never_answers_is_refused_before_anything_is_recorded(
@@ -221,21 +222,59 @@ def test_what_a_server_does_not_serve_is_refused_once_it_has_loaded(grbench_here
     assert refused.endswith(" model.weights=/w.safetensors")
 
 
-def test_a_server_that_is_not_ready_is_waited_for_in_words(grbench_forked: Grbench) -> None:
+@pytest.mark.parametrize("has_status", [True, False])
+def test_a_server_that_never_gets_ready_is_waited_for_once_in_words(
+    grbench_forked: Grbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_status: bool
+) -> None:
+    """A proxy has no status while none of its servers is ready."""
+
     class Starting(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_error(503)
+            if self.path != "/status" or not has_status:
+                self.send_error(503)
+                return
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"strategies": []}).encode())
 
         def log_message(self, *args: Any) -> None:
             pass
 
+    monkeypatch.chdir(tmp_path)
     with HTTPServer(("127.0.0.1", 0), Starting) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        done = load(grbench_forked, f"http://127.0.0.1:{server.server_port}", wait_s=1)
-        two = load(grbench_forked, f"[http://127.0.0.1:{server.server_port},http://127.0.0.1:9]", wait_s=1)
+        url = f"http://127.0.0.1:{server.server_port}"
+        done = load(grbench_forked, url, 1, "-m", "seed=0,1")
         server.shutdown()
-    assert done.returncode == 1
-    assert "waiting for the server, 1 s left (it answers that it is not ready)" in done.stderr
-    assert "not ready within 1 s" in done.stdout
-    assert two.returncode == 2
-    assert "engine.more_urls: http://127.0.0.1:9: nothing listens there (Connection refused); start" in two.stderr
+    assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.rglob("record.json"))
+    waiting, refused = done.stderr.splitlines()
+    assert waiting == "grbench load: waiting for the server, 1 s left (it answers that it is not ready)"
+    assert refused.startswith(f"grbench load: engine.url: {url}: not ready within 1 s: ")
+    assert refused.endswith("; look into its log, set engine.timeout_s to wait longer, or start one: "
+                            "grbench serve engine=hstu")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "study, added",
+    [
+        ("latency_limit_ms: 9", ["scenario.max_batch=1", "scenario.in_flight=64", "gate.quality_requests=0"]),
+        ("gate: {quality_requests: 128}", ["scenario.max_batch=1", "scenario.in_flight=64"]),  # as by default
+        ("gate: {quality_requests: '${workload.visits}'}", ["scenario.max_batch=1", "scenario.in_flight=64"]),
+        ("scenario: {mode: accuracy, max_batch: 8}", ["scenario.in_flight=64"]),
+        (
+            "hydra: {sweeper: {params: {scenario.in_flight: '1,2'}}}",
+            ["scenario.max_batch=1", "gate.quality_requests=0"],
+        ),
+        (
+            "defaults: [deeper@_global_: a]\nhydra: {sweeper: {params: {study/deeper@_global_: 'a,b'}}}",
+            ["scenario.max_batch=1", "scenario.in_flight=64"],
+        ),
+    ],
+)
+def test_what_a_study_sets_stays_in_a_load(tmp_path: Path, study: str, added: list[str]) -> None:
+    files = {"mine": study, "deeper/a": "seed: 1", "deeper/b": "gate: {quality_requests: 9}"}
+    (tmp_path / "study" / "deeper").mkdir(parents=True)
+    for name, text in files.items():
+        (tmp_path / "study" / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
+    words = ["-m", "study=mine", "--config-dir", str(tmp_path), "seed=0"]
+    assert as_run(["url=http://a:1", *words]) == ["engine=remote", "engine.url=http://a:1", *added, *words]

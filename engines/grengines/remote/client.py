@@ -236,4 +236,4 @@ def _error_of(data: bytes) -> str:
     try:
         return str(json.loads(data)["error"])
     except (ValueError, KeyError, TypeError):
-        return data[:200].decode(errors="replace")
+        return " ".join(data[:200].decode(errors="replace").split())  # a proxy answers with a page
