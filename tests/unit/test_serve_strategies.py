@@ -17,7 +17,7 @@ import pytest
 
 from grbench.deployment import Deployment, Serves, Step
 from grbench.gate.form import Form
-from grbench.serve import batches, checked, recovery
+from grbench.serve import batches, checked, live_gate, recovery
 from grbench.serve import controller as controllers
 from grbench.serve import service as services
 from grbench.serve import strategy as strategies
@@ -100,7 +100,7 @@ class Continuous(Engine):
 
 
 def made(
-    engine: Any, name: str = "one", serves: Serves | None = None, limit_s: float = 0.3, wait_ms: float = 0.0
+    engine: Any, name: str = "one", serves: Serves | None = None, limit_s: float = 60.0, wait_ms: float = 0.0
 ) -> Strategy:
     """A strategy that serves with this engine."""
     scenario = SimpleNamespace(order="fifo", max_batch=4, max_wait_ms=wait_ms, in_flight=1)
@@ -123,10 +123,15 @@ def controller(*members: Strategy, steps: Sequence[Step] = ()) -> Controller:
 
 def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     async def limited() -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await work()
 
     asyncio.run(limited())
+
+
+async def until(true: Callable[[], bool]) -> None:
+    while not true():
+        await asyncio.sleep(0.005)
 
 
 async def outcome(strategy: Strategy, item: int = GOOD, deadline: float = math.inf) -> str:
@@ -152,15 +157,15 @@ class Held(Engine):
 
 
 def test_reading_a_call_is_a_part_of_its_wait_for_company() -> None:
-    """A call that was read for a minute takes the one along that waits, and has no such minute in its queue_ms."""
+    """A call that was read for ten minutes takes the one along that waits, and its queue_ms leaves them out."""
 
     async def work() -> None:
-        one = made(Engine(lambda requests: None), wait_ms=60_000.0)
+        one = made(Engine(lambda requests: None), wait_ms=600_000.0)
         waits = one.submit(request(), Kind(1))
         await asyncio.sleep(0.05)
         assert not waits.done()
-        long_ago = await controller(one).answer(request(), math.inf, time.perf_counter() - 60)  # `run` has 20 s
-        assert 0 < long_ago.done.queue_ms < 20_000
+        long_ago = await controller(one).answer(request(), math.inf, time.perf_counter() - 600)  # `run` has 60 s
+        assert 0 < long_ago.done.queue_ms < 60_000
         assert (await waits).batch_size == long_ago.done.batch_size == 2
         await one.close(1.0)
 
@@ -170,9 +175,9 @@ def test_reading_a_call_is_a_part_of_its_wait_for_company() -> None:
 async def held() -> tuple[Held, Strategy, asyncio.Task[str]]:
     """An engine that holds its first batch, its strategy, and the request of that batch."""
     engine = Held()
-    one = made(engine, limit_s=60.0)
+    one = made(engine)
     first = asyncio.create_task(outcome(one))
-    await asyncio.sleep(0.05)
+    await until(lambda: bool(engine.sizes))
     return engine, one, first
 
 
@@ -252,8 +257,7 @@ def test_a_hanging_engine_is_not_touched_before_its_thread_has_ended(
         await asyncio.sleep(0.2)
         assert asked == [1]
         free.set()
-        while one.state is State.OUT:
-            await asyncio.sleep(0.01)
+        await until(lambda: one.state is not State.OUT)
         assert asked == [1, 0] and await outcome(one) == "answered"
         await one.close(1.0)
 
@@ -262,7 +266,7 @@ def test_a_hanging_engine_is_not_touched_before_its_thread_has_ended(
 
 def test_a_start_that_the_end_of_the_server_meets_stops_after_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs take most of a start. Their requests are answered one after another, until the server ends."""
-    begun = threading.Event()
+    begun, ended = threading.Event(), threading.Event()
 
     class Sample(list[Request]):
         def some(self, count: int) -> list[Request]:
@@ -277,7 +281,7 @@ def test_a_start_that_the_end_of_the_server_meets_stops_after_a_part(monkeypatch
         def rank(self, requests: Sequence[Request]) -> RankResult:
             self.answers += 1
             begun.set()
-            time.sleep(0.05)
+            ended.wait(60)
             return super().rank(requests)
 
     engine = Slow()
@@ -291,37 +295,39 @@ def test_a_start_that_the_end_of_the_server_meets_stops_after_a_part(monkeypatch
         gate.check = lambda engine, size: SimpleNamespace(to_dict=dict)
         trace.catalogue, trace.requests = None, Sample(trace.requests)
         starting = asyncio.create_task(one.start())
-        await asyncio.to_thread(begun.wait, 5)
+        await until(begun.is_set)
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
+        ended.set()
 
     run(work)  # it waits for the thread
-    assert engine.closed and 0 < engine.answers < 20
+    assert engine.closed and engine.answers == 1
 
 
 def test_a_strategy_that_fails_while_it_closes_gives_its_requests_back() -> None:
-    free = threading.Event()
+    free, begun = threading.Event(), threading.Event()
 
     def before(requests: Sequence[Request]) -> None:
+        begun.set()
         free.wait()
         raise RuntimeError("broken")
 
     async def work() -> None:
-        one = made(Engine(before), limit_s=60.0)
+        one = made(Engine(before))
         asking = asyncio.create_task(outcome(one))
-        await asyncio.sleep(0.05)
+        await until(begun.is_set)
         closing = asyncio.create_task(one.close(60.0))
         await asyncio.sleep(0.05)
         free.set()
         assert await asking == "raised"
         await closing
-        engine = Engine(lambda requests: time.sleep(0.5))
-        hanging = made(engine)
-        asking = asyncio.create_task(outcome(hanging))
-        await asyncio.sleep(0.05)
-        await hanging.close(0.0)
-        assert await asking == "out" and engine.closed
+        engine, hanging, asking = await held()
+        closing = asyncio.create_task(hanging.close(0.0))
+        assert await asking == "out" and not engine.closed
+        engine.free.set()
+        await closing
+        await until(lambda: engine.closed)
 
     run(work)
 
@@ -343,14 +349,13 @@ def test_an_engine_that_is_busy_while_its_strategy_closes_is_released_later(
 
     async def work() -> None:
         engine = Engine(before)
-        one = made(engine, limit_s=60.0)
+        one = made(engine)
         asking = asyncio.create_task(outcome(one))
-        await asyncio.to_thread(begun.wait)
+        await until(begun.is_set)
         await one.close(0.0)
         assert await asking in ("out", "raised") and not engine.closed
         free.set()
-        while not engine.closed:
-            await asyncio.sleep(0.01)
+        await until(lambda: engine.closed)
 
     run(work)
 
@@ -371,8 +376,7 @@ def test_a_strategy_that_cannot_start_its_batcher_again_is_tried_again(monkeypat
         one.append(made(Engine()))
         one[0].checked.rebuild = lambda: Costs(0.001, {Kind(1): 0.001})  # type: ignore[method-assign]
         one[0].take_out("raised", "for a test")
-        while one[0].state is State.OUT:
-            await asyncio.sleep(0.01)
+        await until(lambda: one[0].state is not State.OUT)
         assert not failures and await outcome(one[0]) == "answered"
         await one[0].close(1.0)
 
@@ -465,9 +469,9 @@ def broken(requests: Sequence[Request]) -> None:
 def test_a_fallback_that_would_be_late_is_refused() -> None:
     async def work() -> None:
         first, second = made(Engine(broken), "first"), made(Engine(), "second")
-        second.costs = Costs(5.0, {Kind(1): 0.001})
-        with pytest.raises(RefusedError, match=r"deadline: first: raised; another strategy would take 5\d{3}") as e:
-            await controller(first, second).answer(request(), time.perf_counter() + 1.0)
+        second.costs = Costs(5000.0, {Kind(1): 0.001})
+        with pytest.raises(RefusedError, match=r"deadline: first: raised; another strategy would take 5\d{6}\.") as e:
+            await controller(first, second).answer(request(), time.perf_counter() + 1000.0)
         assert e.value.status == 503 and e.value.retry_after_s
         await asyncio.gather(first.close(1.0), second.close(1.0))
 
@@ -535,7 +539,7 @@ def test_of_several_answers_the_largest_loss_is_reported() -> None:
     ],
 )
 def test_a_degraded_answer_says_what_was_asked_and_what_ran(step: Step, asked: str, ran: str) -> None:
-    """The whole request costs 10 s, and anything smaller nothing."""
+    """The whole request costs 1000 s, and anything smaller nothing."""
     many = dataclasses.replace(request().with_events(np.zeros(16, np.int64)), candidates=np.full(16, GOOD))
 
     async def work() -> None:
@@ -547,10 +551,10 @@ def test_a_degraded_answer_says_what_was_asked_and_what_ran(step: Step, asked: s
 
         class Whole(Costs):
             def each_s(self, kind: Kind) -> float:
-                return 10.0 if kind == one.kind_of(many) else 0.0
+                return 1000.0 if kind == one.kind_of(many) else 0.0
 
         one.costs = Whole(0.0, {})
-        answer = await both.answer(many, time.perf_counter() + 5.0)
+        answer = await both.answer(many, time.perf_counter() + 500.0)
         assert (answer.degraded, answer.asked, answer.ran) == ("s", asked, ran)
         assert len(answer.done.reply.scores) == (1 if step.max_candidates else 16)
         await one.close(1.0)
@@ -558,8 +562,9 @@ def test_a_degraded_answer_says_what_was_asked_and_what_ran(step: Step, asked: s
     run(work)
 
 
-def test_the_first_step_that_helps_is_taken() -> None:
+def test_the_first_step_that_helps_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that leaves out no candidate is none."""
+    monkeypatch.setattr(controllers, "FRESH_S", math.inf)
     many = dataclasses.replace(request(), candidates=np.full(16, GOOD))
     steps = [Step(f"{number}", max_candidates=number) for number in (16, 8, 4)]
 
@@ -568,14 +573,14 @@ def test_the_first_step_that_helps_is_taken() -> None:
 
         class Squared(Costs):
             def each_s(self, kind: Kind) -> float:
-                return 4.0**kind.candidates / 1024  # 1 s of 16 candidates, 0.25 s of 8, 0.0625 s of 4
+                return 4.0**kind.candidates  # 1024 s of 16 candidates, 256 s of 8, 64 s of 4
 
         one.costs = Squared(0.0, {})
         both = controller(one, steps=steps)
-        for left_s, step in ((2.0, ""), (0.9, "8"), (0.2, "4")):
+        for left_s, step in ((2000.0, ""), (900.0, "8"), (200.0, "4")):
             assert (await both.answer(many, time.perf_counter() + left_s)).degraded == step
         with pytest.raises(RefusedError, match="deadline: the answer would take"):
-            await both.answer(many, time.perf_counter() + 0.05)
+            await both.answer(many, time.perf_counter() + 50.0)
         assert list(both._degraded(steps[0], [one], many)) == []
         await one.close(1.0)
 
@@ -584,12 +589,13 @@ def test_the_first_step_that_helps_is_taken() -> None:
 
 def test_refusals_make_the_next_requests_begin_with_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are whole again after a while without refusals. A deadline that no server meets does not count."""
-    monkeypatch.setattr(controllers, "RISE_S", 0.0)
+    for name, value in {"RISE_S": 0.0, "CALM_S": math.inf, "FRESH_S": math.inf}.items():
+        monkeypatch.setattr(controllers, name, value)
     many = dataclasses.replace(request(), candidates=np.full(16, GOOD))
 
     async def work() -> None:
         one = made(Engine())
-        one.costs, one.measured = Costs(0.0, {Kind(1, 5): 0.1, Kind(1, 4): 0.05, Kind(1, 3): 0.02}), math.inf
+        one.costs = Costs(0.0, {Kind(1, 5): 10.0, Kind(1, 4): 5.0, Kind(1, 3): 2.0})
         both = controller(one, steps=[Step("half", max_candidates=8), Step("quarter", max_candidates=4)])
 
         async def refused(left_s: float) -> None:
@@ -598,13 +604,13 @@ def test_refusals_make_the_next_requests_begin_with_a_step(monkeypatch: pytest.M
 
         async def taken(asked: Request = many) -> str:
             one.waiting_s = 0.0
-            return (await both.answer(asked, time.perf_counter() + 1.0)).degraded
+            return (await both.answer(asked, time.perf_counter() + 100.0)).degraded
 
-        await refused(0.005)
+        await refused(0.5)
         assert await taken() == ""
         for step in ("half", "quarter", "quarter"):
-            one.waiting_s = 10.0
-            await refused(1.0)
+            one.waiting_s = 1000.0
+            await refused(100.0)
             assert await taken() == step
             assert await taken(request()) == ""  # one candidate: no step makes it cheaper
         monkeypatch.setattr(controllers, "CALM_S", 0.0001)
@@ -626,9 +632,10 @@ def test_refusals_make_the_next_requests_begin_with_a_step(monkeypatch: pytest.M
     ],
 )
 def test_requests_begin_with_the_last_step_of_the_level_that_changes_them(
-    level: int, left_s: float, taken: list[str]
+    level: int, left_s: float, taken: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They have 4, 8 and 16 candidates and one event, and would be in time as a whole, as is any without a deadline."""
+    monkeypatch.setattr(controllers, "CALM_S", math.inf)
     steps = [Step("half", max_candidates=8), Step("quarter", max_candidates=4), Step("short", max_history=1)]
 
     async def work() -> None:
@@ -672,24 +679,33 @@ def test_the_live_gate_blames_only_the_engine_that_answered() -> None:
     run(work)
 
 
-def test_the_live_gate_leaves_the_device_to_the_engine() -> None:
+def test_the_live_gate_leaves_the_device_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference takes 20 ms for an answer, of each of which it is asked. It may take a tenth of the time."""
+    now = [100.0]
+    monkeypatch.setattr(live_gate, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     async def work() -> None:
         one, metrics = made(Engine()), Metrics(None)
-        gate, begun = LiveGate(1.0, 0.1, metrics), time.perf_counter()
+        gate = LiveGate(1.0, 0.1, metrics)
         done = await one.submit(request(), Kind(1))
 
         def judge(answer: Any) -> Any:
-            time.sleep(0.02)
+            now[0] += 0.02
             raise ZeroDivisionError("it rests after an answer that it cannot judge too")
 
+        def judged_s() -> float:
+            return metrics.registry.get_sample_value("grbench_gate_seconds_total") or 0.0
+
         one.checked.judge = judge  # type: ignore[method-assign]
-        while (took_s := time.perf_counter() - begun) < 0.5:
+        for _ in range(9):
             gate.take(one, done)
-            await asyncio.sleep(0.002)
-        judged_s = metrics.registry.get_sample_value("grbench_gate_seconds_total")
-        assert judged_s and 0.02 <= judged_s < took_s / 2  # the first four wait for each other, and it rests after them
+        await asyncio.gather(*gate._tasks)
+        assert judged_s() == pytest.approx(4 * 0.02)  # four wait for each other, and it rests after them
+        while now[0] < 110:
+            gate.take(one, done)
+            await asyncio.gather(*gate._tasks)
+            now[0] += 0.002
+        assert judged_s() == pytest.approx(0.1 * 10, rel=0.1)
         gate.close()
         await one.close(1.0)
 
@@ -737,14 +753,16 @@ def test_a_request_that_a_replaced_strategy_gives_back_is_answered_by_the_new_on
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def work() -> None:
-        served, old, new = service(monkeypatch), made(Engine(lambda requests: time.sleep(0.3))), made(Engine(), "new")
+        engine = Held()
+        served, old, new = service(monkeypatch), made(engine), made(Engine(), "new")
         before = controller(old)
         served.present = SimpleNamespace(controller=controller(new))  # type: ignore[assignment]
         asking = asyncio.create_task(served._finish(before, before.begin(request(), math.inf)))
-        await asyncio.sleep(0.05)
-        await old.close(0.0)
+        await until(lambda: bool(engine.sizes))
+        closing = asyncio.create_task(old.close(0.0))
         assert (await asking).strategy == "new"
-        await new.close(1.0)
+        engine.free.set()
+        await asyncio.gather(closing, new.close(1.0))
         await served.close(0.0)
 
     run(work)
