@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.client import HTTPConnection
 from typing import Any
 
@@ -20,6 +20,8 @@ from helpers.serving import TINY, Serving, as_json, serving, tensors_of, tiny_tr
 
 from grbench.deployment import Deployment, Step, Strategy
 from grbench.serve import controller, options, recovery
+from grbench.serve.checked import CheckedEngine
+from grbench.serve.costs import Costs, Kind
 from grengines import registry
 
 TASK = {"version": 1, "task": "rank"}
@@ -44,7 +46,7 @@ def pair() -> Iterator[Serving]:
         patch.setattr(recovery, "FIRST_PAUSE_S", 0.05)
         patch.setattr(recovery, "CALM_S", 0.0)
         patch.setattr(controller, "EXPLORE", 10**9)
-        often = ["serve.time_limit_s=0.4", "serve.gate_share=1", "serve.gate_load=1"]
+        often = ["serve.time_limit_s=3", "serve.gate_share=1", "serve.gate_load=1"]
         with serving(*often, deployment=Deployment(**TASK, strategies=two)) as s:
             yield s
 
@@ -100,10 +102,9 @@ def test_another_strategy_answers_for_a_broken_one_which_comes_back(
 def test_the_live_gate_takes_a_wrong_engine_out(pair: Serving, tensors: dict[str, np.ndarray]) -> None:
     broken, other, parameters = breaks(pair, tensors, "scores of others")
     assert parameters["strategy"] == broken  # its form is right, so only the reference can see it
-    wait_until(lambda: state_of(pair, broken)[0] == "out")
+    wait_until(lambda: pair.infer(tensors)[1]["parameters"]["strategy"] == other)  # a busy gate leaves answers out
     assert "live gate: scores differ from the reference" in state_of(pair, broken)[1]
-    assert pair.metric("grbench_gate_wrong_total", strategy=broken) == 1
-    assert pair.infer(tensors)[1]["parameters"]["strategy"] == other
+    assert pair.metric("grbench_gate_wrong_total", strategy=broken) >= 1
     time.sleep(0.3)  # it is tried again, and refused
     assert state_of(pair, broken)[0] == "out"
 
@@ -135,21 +136,54 @@ def test_a_request_that_no_engine_can_answer_harms_no_other(pair: Serving, tenso
     assert [s["state"] for s in pair.call("/status")[1]["strategies"]] == ["ready", "ready"]
 
 
-def test_overload_degrades_first_and_then_refuses(tensors: dict[str, np.ndarray]) -> None:
-    """Both engines take 50 ms a batch. What waits behind others is answered worse, and then not at all."""
+class Candidates(Costs):
+    """Costs that no batch changes. each_s: of a candidate, in seconds."""
+
+    def __init__(self, each_s: float) -> None:
+        super().__init__(0.0, {Kind(0): 0.0})
+        self._candidate_s = each_s
+
+    def each_s(self, kind: Kind) -> float:
+        return self._candidate_s * (1 << kind.candidates) / 2  # for numbers that are powers of two
+
+    def observe(self, kinds: Sequence[Kind], seconds: float) -> None:
+        pass
+
+
+@pytest.fixture
+def costs(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Seconds of a candidate, by the label of an engine, that strategies take for their costs whatever batches take.
+
+    Deadlines are as long, so that a slow machine meets those that the test means it to meet.
+    """
+    given: dict[str, float] = {}
+
+    def measure(one: CheckedEngine, engine: Any) -> Costs:
+        return Candidates(given[one.spec.engine.label])  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(CheckedEngine, "_measure", measure)
+    monkeypatch.setattr(controller, "FRESH_S", np.inf)
+    return given
+
+
+def test_overload_degrades_first_and_then_refuses(costs: dict[str, float], tensors: dict[str, np.ndarray]) -> None:
+    """An answer costs 80 s. What waits behind others is answered worse, and then not at all."""
     steps = [Step("half", max_candidates=4, loss={"auc_loss_pct": 0.3}), Step("cheap", strategy="cheap")]
     overrides = [*TINY, "engine=faulty", "scenario.max_batch=1"]
     slow = Strategy("slow", [*overrides, "engine.label=slow"])
     cheap = Strategy("cheap", [*overrides, "engine.label=cheap"])
-    FAULTS["slow"] = FAULTS["cheap"] = "slow"
-    deployment = Deployment(**TASK, limits={"latency_ms.p99": 400.0}, strategies=[slow, cheap], degrade=steps)
+    costs.update(slow=10.0, cheap=2.5)
+    deployment = Deployment(**TASK, limits={"latency_ms.p99": 400_000.0}, strategies=[slow, cheap], degrade=steps)
     with serving("serve.gate_share=0", deployment=deployment) as server:
         for _ in range(3):
             assert server.infer(tensors)[1]["parameters"]["strategy"] == "slow"
         answers: list[tuple[int, Any, Any]] = []
         calls = [threading.Thread(target=lambda: answers.append(server.infer(tensors))) for _ in range(24)]
+        FAULTS["slow"] = FAULTS["cheap"] = "hang"
         for call in calls:
             call.start()
+        wait_until(lambda: server.call("/status")[1]["pending"] + len(answers) == 24)
+        FAULTS.clear()
         for call in calls:
             call.join()
         answered = [a[1]["parameters"] for a in answers if a[0] == 200]
@@ -158,7 +192,7 @@ def test_overload_degrades_first_and_then_refuses(tensors: dict[str, np.ndarray]
         assert all("would take" in a[1]["error"] and int(a[2]["retry-after"]) >= 1 for a in refused)
         assert server.metric("grbench_shed_total", reason="deadline") == len(refused)
         degraded = [p for p in answered if "degraded" in p]
-        assert server.metric("grbench_degraded_total") <= len(degraded)
+        assert 0 < server.metric("grbench_degraded_total") <= len(degraded) < len(answered)
         assert all(p["strategy"] == "cheap" or p["auc_loss_pct"] == 0.3 for p in degraded)
         assert {(p["degraded"], p["asked"], p["ran"]) for p in degraded} <= {
             ("half", f"candidates={tensors['NUM_CANDIDATES'][0]}", "candidates=4"),
@@ -168,7 +202,7 @@ def test_overload_degrades_first_and_then_refuses(tensors: dict[str, np.ndarray]
         assert status == 429 and "deadline" in answer["error"]
 
 
-def test_steps_are_taken_in_their_order_before_a_call_is_refused() -> None:
+def test_steps_are_taken_in_their_order_before_a_call_is_refused(costs: dict[str, float]) -> None:
     """Each user of a call waits behind those before. The less time the call has, the more of them are degraded.
 
     After a refusal all of them may begin with a step. The answer names it once then.
@@ -178,14 +212,14 @@ def test_steps_are_taken_in_their_order_before_a_call_is_refused() -> None:
     half.intervals = {"hr10_popular_loss": [0.01, 0.03]}
     overrides = [*TINY, "engine=faulty", "scenario.max_batch=1"]
     strategies = [Strategy(name, [*overrides, f"engine.label={name}"]) for name in ("usual", "cheap")]
-    FAULTS["usual"] = "slow by candidates"
+    costs.update(usual=5.0, cheap=0.4)
     deployment = Deployment(**TASK, strategies=strategies, degrade=[half, Step("cheap", strategy="cheap")])
     with serving("serve.gate_share=0", deployment=deployment) as server:
         status, answer, _ = server.infer(users)
         assert status == 200 and "degraded" not in answer["parameters"]
         seen, refused = set[str](), 0
-        for deadline_ms in range(360, 0, -20):
-            status, answer, headers = server.infer(users, deadline_ms=deadline_ms)
+        for deadline_s in range(360, 0, -20):
+            status, answer, headers = server.infer(users, deadline_ms=1000 * deadline_s)
             if status != 200:
                 refused += 1
                 assert status == 429 and int(headers["retry-after"]) >= 1
@@ -245,6 +279,7 @@ def test_a_full_queue_refuses(tensors: dict[str, np.ndarray]) -> None:
         status, answer, headers = server.infer(tensors)
         assert (status, answer["error"]) == (429, "1 requests wait already (serve.max_queue)")
         assert headers["retry-after"]
+        FAULTS.clear()
         waiting.join()
 
 
@@ -269,8 +304,10 @@ def test_a_call_whose_client_has_left_takes_no_place_in_a_batch_and_is_no_failur
             leaves.sendall(head.encode() + body)
             wait_until(lambda: figures() == (0, 0, 2))
         wait_until(lambda: figures()[0] == 1)
+        FAULTS.clear()
         first.join()
         wait_until(lambda: figures() == (1, 1, 0))
+        FAULTS["left"] = "hang"
 
         assert client.is_server_live()  # a new channel may take longer than the call has
         with pytest.raises(tritongrpc.InferenceServerException, match="Deadline Exceeded"):

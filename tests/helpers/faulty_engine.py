@@ -15,9 +15,6 @@ from grengines.options import option
 from grengines.spec import EngineSpec
 
 FAULTS: dict[str, str] = {}  # label of an engine: its fault
-SLOW_S = 0.05
-CANDIDATE_S = 0.005  # of each candidate, if that is the fault
-HANG_S = 1.5
 POISON = 7  # an item: a request with it as its only candidate can't be answered
 
 
@@ -40,11 +37,9 @@ class FaultyEngine(HSTUEngine):
             raise RuntimeError("the engine is broken")
         if fault == "lose the device":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        if fault == "hang":
-            time.sleep(HANG_S)
-        delay_s = self._options.delay_ms / 1e3 + (SLOW_S if fault == "slow" else 0.0)
-        if fault == "slow by candidates":
-            delay_s += CANDIDATE_S * sum(len(r.candidates) for r in requests)
+        while FAULTS.get(self._options.label) == "hang":
+            time.sleep(0.01)
+        delay_s = self._options.delay_ms / 1e3
         time.sleep(delay_s)
         if any(r.candidates.tolist() == [POISON] for r in requests):
             raise ValueError("one request can't be answered")
