@@ -56,7 +56,7 @@ def reserve(knowledge: Knowledge, evaluator: Evaluator) -> float:
     Returns 0 if it would leave too little of the budget for the search, or if too little is left to certify anything:
     the search then goes on, and the answer says what is missing.
     """
-    best = [(trial, trial.low) for trial in knowledge.ranking()[:2] if trial.low is not None]
+    best = [(trial, trial.low) for trial in certifiable(knowledge)[:2] if trial.low is not None]
     goal = knowledge.goal
     if not best or not goal.runs or knowledge.concluded:
         return 0.0
@@ -86,8 +86,7 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
     lacks: list[tuple[Trial, int, str]] = []  # what the budget lacks for each that it has no room for
     beyond = False  # a figure was beyond its limit
     goal = knowledge.goal
-    open_ = (trial for trial in knowledge.ranking() if not _at_every_rate(goal, trial.refuted))
-    candidates = [Candidate(knowledge, evaluator, trial) for trial in open_]
+    candidates = [Candidate(knowledge, evaluator, trial) for trial in certifiable(knowledge)]
     while candidates:
         candidate = max(candidates, key=Candidate.score)
         if lack := candidate.missing():
@@ -117,6 +116,11 @@ def certify(knowledge: Knowledge, evaluator: Evaluator, progress: Progress = qui
     last = [failure for failure in failures[-1:] if failure != said]
     knowledge.uncertified = "; ".join([*_first_open(lacks), *last])
     return None
+
+
+def certifiable(knowledge: Knowledge) -> list[Trial]:
+    """Return the trials that keep the limits, the best first, without those that a run refuted at every rate."""
+    return [trial for trial in knowledge.ranking() if not _at_every_rate(knowledge.goal, trial.refuted)]
 
 
 def _at_every_rate(goal: Goal, refutation: Refutation | None) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from grbench.report.cells import number_of
 from grbench.tune import rates
-from grbench.tune.certification import ROUNDING, plan, recall, reserve
+from grbench.tune.certification import ROUNDING, certifiable, plan, recall, reserve
 from grbench.tune.highest import COARSE, HighestRate
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.outcome import BudgetSpentError, Configuration, Evaluator, Outcome, Probe
@@ -186,7 +186,7 @@ class Search:
 
         inf: what is left has no room for it beside the bracket and the certification, of the best or of itself.
         """
-        best, evaluator = self._knowledge.incumbent, self._evaluator
+        best, evaluator = next(iter(certifiable(self._knowledge)), None), self._evaluator
         left, reserved = evaluator.left() - self._settling() + ROUNDING, reserve(self._knowledge, evaluator)
         runs = plan(self._knowledge, evaluator, best) if best is not None and reserved else []
 

@@ -27,7 +27,7 @@ from grbench.report.cells import number_of
 from grbench.tools import sizing
 from grbench.tune import answer, deploy
 from grbench.tune.answer import Answer
-from grbench.tune.certification import SEED, Certificate, certify, plan
+from grbench.tune.certification import SEED, Certificate, certifiable, certify, plan
 from grbench.tune.config import Declared
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.limits import Verdict
@@ -225,7 +225,7 @@ class TuneSession:
 
     def _to_certify(self, trial: Trial, probe: Probe, verdict: Verdict | None) -> list[Wanted]:
         """Return the runs that are still to certify after a probe, as far as is known."""
-        goal, best = self._declared.goal, self._knowledge.incumbent
+        goal, best = self._declared.goal, next(iter(certifiable(self._knowledge)), None)
         if not goal.runs or self._knowledge.concluded:
             return []
         if probe.seed:

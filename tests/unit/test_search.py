@@ -631,7 +631,8 @@ def test_a_loss_that_is_not_proven_ends_the_tries_of_a_configuration() -> None:
     search = Knowledge(Goal("throughput", (P99, limits.parse("quality.auc_loss", "0.1%"))), BATCHING)
     Search(search, ALL[:1], evaluator, Listed(ALL[:1])).run()
     before = len(evaluator.probes)
-    assert search.ranking() and certify(search, evaluator) is None
+    assert search.ranking() and reserve(search, evaluator) > 0 and certify(search, evaluator) is None
+    assert search.ranking() and reserve(search, evaluator) == 0  # the budget is for others
     measured = len(evaluator.probes)
     assert len({probe.rate for _, probe in evaluator.probes[before:]}) == 1
     assert search.ranking() and certify(search, evaluator) is None and len(evaluator.probes) == measured
