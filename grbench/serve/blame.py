@@ -12,6 +12,8 @@ from grbench.gate.form import Form
 from grengines.api import BatchResult, Cached, ContinuousEngine, Request
 from grengines.numerics import IncorrectError
 
+LOST = ("CUDA error", "AcceleratorError", "device-side assert", "NVML", "CUDA failure")  # the last: ONNX Runtime
+
 
 @dataclass
 class Mixed(BatchResult):
@@ -99,4 +101,4 @@ def _summed() -> list[dataclasses.Field[Any]]:
 def device_is_lost(error: BaseException) -> bool:
     """Return whether an error means that the process can't use its GPU any more."""
     text = f"{type(error).__name__} {error}"
-    return any(words in text for words in ("CUDA error", "AcceleratorError", "device-side assert", "NVML"))
+    return any(words in text for words in LOST) and "out of memory" not in text

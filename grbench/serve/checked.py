@@ -35,6 +35,7 @@ class CheckedEngine:
         self.device = "cpu"  # of `actual`: each call asks for it
         self.gate_figures: dict[str, Any] = {}
         self.start_s: dict[str, float] = {}  # seconds of the parts of `build`
+        self.built_s = 0.0  # what `build` took
         self._trace, self._retrieval = trace, retrieval
         self._gate: Gate | None = None
         self.unwanted = threading.Event()  # the server ends: `build` stops after the part that it is in
@@ -84,7 +85,7 @@ class CheckedEngine:
         except BaseException:
             engine.close()
             raise
-        self.engine = engine
+        self.engine, self.built_s = engine, times[-1] - times[0]
         took = dict(zip(("import", "prepare", "reference", "check", "costs"), map(sub, times[1:], times), strict=True))
         self.start_s = took | getattr(engine, "start_s", {})  # parts of `prepare`, where the engine reports them
         return costs

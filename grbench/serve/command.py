@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the command. Exit codes: 0 a signal ended it, 1 nothing can serve, 2 what was given is wrong."""
+    """Run the command. Exit codes: 0 a signal ended it, 1 nothing serves or can again, 2 what was given is wrong."""
     args = parser().parse_intermixed_args(words)
     config, file, overrides = parse(args.overrides)
     config_dir = None if args.config_dir is None else str(Path(args.config_dir).absolute())
@@ -71,11 +71,11 @@ def main(words: Sequence[str]) -> int:
     with bound(config.host, config.port, "port") as listener:
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(serve(deployment, file, config, Log(), listener, load))
+                code = runner.run(serve(deployment, file, config, Log(), listener, load))
                 sys.stdout.flush()
-                # What is closed needs no more. A thread may compile for minutes, and Python's own end takes seconds in
-                # a process that has imported vLLM.
-                os._exit(0)
+                # What is closed needs no more. A thread may compile for minutes or hang, and Python's own end takes
+                # seconds in a process that has imported vLLM.
+                os._exit(code)
         except RuntimeError as e:
             raise CommandError(e, 1) from None
         except ValueError as e:  # the workload's data, or a file that does not belong to it

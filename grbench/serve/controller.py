@@ -23,7 +23,6 @@ from grengines.api import Request
 
 EXPLORE = 64  # one request of this number goes to the second choice, so that its costs stay known
 MARGIN = 1.1  # on predictions
-WATCH_S = 0.1  # between two looks for batches that take too long
 RISE_S = 0.1  # in which a further step takes effect
 CALM_S = 1.0  # without a refusal, after which requests begin one step earlier
 FRESH_S = 1.0  # an idle strategy whose costs are older answers a request that seems too late, which measures them anew
@@ -104,6 +103,13 @@ class Controller:
     def ready(self) -> bool:
         """True if a strategy serves."""
         return any(s.state is State.READY for s in self.strategies)
+
+    @property
+    def is_lost(self) -> bool:
+        """True if no strategy serves or is about to, and another process might: one of them is lost in this one."""
+        return any(s.is_lost for s in self.strategies) and not any(
+            s.state is State.READY or s.may_return for s in self.strategies
+        )
 
     @property
     def pending(self) -> int:
@@ -315,12 +321,3 @@ def _newest(request: Request, events: int) -> Request:
 
 def _oldest(request: Request, events: int) -> Request:
     return request.with_events(slice(0, events))
-
-
-async def watch_times(controllers: Sequence[Controller]) -> None:
-    """Look for batches that take too long, for ever. The sequence may change."""
-    while True:
-        await asyncio.sleep(WATCH_S)
-        for controller in controllers:
-            for strategy in controller.strategies:
-                strategy.check_time()

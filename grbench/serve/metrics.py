@@ -60,6 +60,7 @@ class StrategyFigures(NamedTuple):
     pending: int  # requests that it holds
     host_loops: str = ""  # as in a record: "C", or "NumPy: " and why; "": it packs no batches
     state_bytes: Mapping[str, int] = {}  # of users, by tier
+    is_lost: bool = False  # only another process can let it in again
 
 
 class Metrics:
@@ -213,7 +214,12 @@ class _Live:
         held = GaugeMetricFamily(
             "grbench_state_bytes", "Bytes of users' states in a strategy's cache", labels=["strategy", "tier"]
         )
+        lost = GaugeMetricFamily(
+            "grbench_restart_needed", "1 for a strategy that serves again only once the process is started again",
+            labels=["strategy"],
+        )  # fmt: skip
         for one in self._state():
+            lost.add_metric([one.name], one.is_lost)
             depth.add_metric([one.name], one.pending)
             info.add_metric([one.name, one.state, one.engine], 1)
             if one.host_loops:
@@ -225,7 +231,7 @@ class _Live:
             batches.add_metric([name], done.batches)
             for part, seconds in done.spent_s.items():
                 spent.add_metric([name, part], seconds)
-        yield from (depth, info, loops, batches, spent, held)
+        yield from (depth, info, lost, loops, batches, spent, held)
         yield CounterMetricFamily(
             "grbench_front_end_cpu_seconds", "Processor time of the event loop's thread, which this runs on",
             value=time.thread_time(),

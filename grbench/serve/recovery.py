@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 from grbench.serve.checked import CheckedEngine
@@ -15,14 +16,17 @@ CALM_S = 60.0  # in service without a failure, after which the first pause is sh
 class Recovery:
     """Brings one engine back. Runs on the event loop, the engine's part on a thread.
 
-    back: called when the engine has passed, with its new costs if it was rebuilt. still_out: called with what failed.
+    back: called when the engine has passed, with its new costs if it was rebuilt. still_out: called with what failed,
+    and whether that was the rebuilt engine.
     """
 
     def __init__(
-        self, checked: CheckedEngine, back: Callable[[Costs | None], None], still_out: Callable[[Exception], None]
+        self, checked: CheckedEngine, back: Callable[[Costs | None], None], still_out: Callable[[Exception, bool], None]
     ) -> None:
         self._checked, self._back, self._still_out = checked, back, still_out
+        self.has_failed = False  # a try, since the engine went out
         self._pause_s = FIRST_PAUSE_S
+        self._begun = 0.0  # of the try, time.perf_counter
         self._task: asyncio.Task[None] | None = None
         self._trying: asyncio.Future[Costs | None] | None = None  # a check or a rebuild, on a thread
 
@@ -33,12 +37,19 @@ class Recovery:
         """
         if served_s >= CALM_S:
             self._pause_s = FIRST_PAUSE_S
+        self.has_failed = False
         self._task = asyncio.get_running_loop().create_task(self._recover(is_free))
 
     def stop(self) -> None:
         """Begin no further try."""
         if self._task is not None:
             self._task.cancel()
+
+    @property
+    def trying_s(self) -> float:
+        """The time that the present try has taken so far; 0: there is none."""
+        is_trying = self._trying is not None and not self._trying.done()
+        return time.perf_counter() - self._begun if is_trying else 0.0
 
     async def has_ended(self, limit_s: float) -> bool:
         """Wait for a try that goes on, after `stop`. Returns True if it has ended within the limit."""
@@ -55,10 +66,12 @@ class Recovery:
             if not is_free():
                 continue
             loop = asyncio.get_running_loop()
+            self._begun = time.perf_counter()
             self._trying = loop.run_in_executor(None, self._checked.rebuild if rebuild else self._checked.check)
             try:
                 self._back(await asyncio.shield(self._trying))
                 return
             except Exception as e:
-                self._still_out(e)
+                self.has_failed = True
+                self._still_out(e, rebuild)
                 rebuild = True

@@ -64,13 +64,14 @@ class Replica:
         return Address(self._number, config.host, config.port, config.grpc_port)
 
     async def run(self) -> None:
-        """Serve until `end`."""
+        """Serve until `end`. If only another process can serve, this one ends, and Ray starts another."""
         from grbench.serve.server import serve
 
         config, file, overrides = self._parsed
         load = partial(deployment_of, file, overrides, self._config_dir)
         with bound(config.host, config.port, "replica_port") as listener:
-            await serve(load(), file, config, Log(), listener, load, self._ended, self._reload)
+            if code := await serve(load(), file, config, Log(), listener, load, self._ended, self._reload):
+                os._exit(code)
 
     def end(self) -> None:
         """Finish what is in flight and end."""

@@ -42,8 +42,10 @@ async def serve(
     load: Callable[[], Deployment],
     ended: asyncio.Event | None = None,
     again: asyncio.Event | None = None,
-) -> None:
-    """Serve until SIGTERM, SIGINT or `ended`. Raises RuntimeError if no strategy can serve.
+) -> int:
+    """Serve until SIGTERM, SIGINT or `ended`, and return 0. Raises RuntimeError if no strategy can serve.
+
+    It returns 1 once no strategy serves and only another process can: the caller then ends this one.
 
     Clients can connect at once; the server is ready when a strategy is checked and warm. SIGHUP or `again` reloads.
     A thread may still be in an engine at the end, and the process would wait for it.
@@ -77,24 +79,38 @@ async def serve(
         starting = asyncio.create_task(_start(service, port))
         reloads = asyncio.create_task(_reload_upon(again, service))
         stop = asyncio.create_task(end.wait())
+        lost, is_lost = asyncio.create_task(service.lost.wait()), False
         try:
             await asyncio.wait({starting, stop, listening}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 starting.result()
-                await asyncio.wait({stop, listening}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({stop, listening, lost}, return_when=asyncio.FIRST_COMPLETED)
+            is_lost = lost.done()
+            if is_lost:
+                log.error("lost", error=_lost_line(service))
         finally:
             service.draining = True
             drained = time.monotonic() + config.drain_s  # one limit for all that follows
             log.info("draining", limit_s=config.drain_s)
             stop.cancel()
+            lost.cancel()
             starting.cancel()
             reloads.cancel()
             http.should_exit = True
             if rpc:
                 await rpc.stop(config.drain_s)
             await listening
-            await service.close(max(drained - time.monotonic(), 0.0))
+            if not is_lost:  # else an engine may not be released any more
+                await service.close(max(drained - time.monotonic(), 0.0))
             log.info("ended")
+    return int(is_lost)
+
+
+def _lost_line(service: Service) -> str:
+    """Return why only another process can serve."""
+    assert service.present is not None
+    states = "; ".join(f"{s.name} is {s.state} ({s.why})" for s in service.present.controller.strategies)
+    return f"no strategy serves, and only a new process can; this one ends, start it again: {states}"
 
 
 async def _start(service: Service, port: int) -> None:

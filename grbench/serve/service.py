@@ -13,7 +13,7 @@ from grbench.deployment import Deployment
 from grbench.execution.heap import give_back, leave_out, settle
 from grbench.gate.measured import tier_of
 from grbench.serve.bodies import Bodies
-from grbench.serve.controller import Answer, Controller, Queued, watch_times
+from grbench.serve.controller import Answer, Controller, Queued
 from grbench.serve.describe import VERSION
 from grbench.serve.errors import RefusedError, invalid
 from grbench.serve.live_gate import LiveGate
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from grbench.serve.traces import Traces
 
 KEPT_LATENCIES = 2048  # of the newest calls, for the page
+WATCH_S = 0.1  # between two looks for batches that take too long
 GIVE_BACK_S = 60.0  # between two times at which free memory is given back: each holds the threads up for milliseconds
 
 
@@ -57,6 +58,7 @@ class Service:
         self.last_ms = 0  # when the newest call ended, milliseconds of the epoch
         self.newest_ms: deque[float] = deque(maxlen=KEPT_LATENCIES)
         self.draining = False
+        self.lost = asyncio.Event()  # nothing can serve any more but another process
         self.begun = time.monotonic()
         self.present: ServingDeployment | None = None
         self._controllers: list[Controller] = []  # the present one, and those that finish what they hold
@@ -68,7 +70,7 @@ class Service:
 
             self.traces = traces.Traces(traces.sent_to(config.otlp_endpoint), config.trace_share)
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(watch_times(self._controllers)), loop.create_task(_give_back_often())]
+        self._tasks = [loop.create_task(self._watch()), loop.create_task(_give_back_often())]
         self.metrics.watch(
             self._live, lambda: len(self.present.states) if self.present else 0, lambda: (self.model, VERSION)
         )
@@ -130,6 +132,16 @@ class Service:
         self._gate.close()
         if self.traces is not None:
             await asyncio.to_thread(self.traces.close)
+
+    async def _watch(self) -> None:
+        """Look for batches that take too long, and whether anything can serve yet, for ever."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            for controller in self._controllers:
+                for strategy in controller.strategies:
+                    strategy.check_time()
+            if self.present is not None and self.present.controller.is_lost and not self.draining:
+                self.lost.set()
 
     async def _bring_up(self, deployment: Deployment) -> ServingDeployment:
         """Bring a deployment up, and look for its batches that take too long. Raises what `bring_up` raises."""
@@ -250,6 +262,7 @@ class Service:
                 s.pending,
                 s.checked.host_loops,
                 s.checked.state_bytes,
+                s.is_lost,
             )
             for s in (self.present.controller.strategies if self.present else [])
         ]

@@ -63,6 +63,7 @@ class Strategy:
     ) -> None:
         self.name, self.spec, self.serves = name, spec, serves
         self.state, self.why = State.STARTING, ""
+        self.is_lost = False  # only another process can let it in again
         self.checked = CheckedEngine(spec, trace, retrieval)
         self.costs = Costs(0.0, {Kind(0): 0.0})
         self.waiting_s = 0.0  # what the requests that it holds add to batches
@@ -104,7 +105,7 @@ class Strategy:
             functools.partial(post, self._deliver),
             functools.partial(post, self._refuse),
         )
-        self.state, self.why, self._in_since = State.READY, "", time.perf_counter()
+        self.state, self.why, self.is_lost, self._in_since = State.READY, "", False, time.perf_counter()
         self._on_change(self, "ready")
 
     def _post(self, generation: int, call: Callable[..., None], *values: Any) -> None:
@@ -118,8 +119,18 @@ class Strategy:
             self._loop.call_soon_threadsafe(deliver)
 
     def check_time(self) -> None:
-        """Take the strategy out if a batch has taken longer than the limit or its batcher has died. Called often."""
-        if self.state not in (State.READY, State.CLOSED) or self._batcher is None or self._work is None:
+        """Take the strategy out if a batch has taken longer than the limit or its batcher has died. Called often.
+
+        One that is out is lost if a thread stays in its engine.
+        """
+        if self._batcher is None or self._work is None:
+            return
+        if self.state is State.OUT:
+            batch_s, try_s = self._work.longest_s(), self._recovery.trying_s
+            if batch_s > 2 * self._time_limit_s:
+                self._lose(f"a batch has not ended after {batch_s:.1f} s")
+            elif try_s > 2 * (self._time_limit_s + self.checked.built_s):
+                self._lose(f"a check or rebuild has not ended after {try_s:.1f} s")
             return
         if (error := self._batcher.failure) is not None:
             self._failed(error)
@@ -144,10 +155,27 @@ class Strategy:
         self._recovery.begin(time.perf_counter() - self._in_since, self._batcher.has_ended)
         self._on_change(self, reason)
 
-    def _still_out(self, error: Exception) -> None:
+    @property
+    def may_return(self) -> bool:
+        """True if it is out and no try to let it in again has failed yet."""
+        return self.state is State.OUT and not self.is_lost and not self._recovery.has_failed
+
+    def _still_out(self, error: Exception, rebuilt: bool) -> None:
         tried = f"tried again: {type(error).__name__}: {' '.join(str(error).split())}"
-        self.why = f"{self.why.partition(';')[0]}; {tried}"
-        self._on_change(self, "still out")
+        if rebuilt and device_is_lost(error):  # a CUDA context stays broken, and a process has one
+            self._lose(tried)
+            return
+        self._is_out_by(tried, "still out")
+
+    def _lose(self, why: str) -> None:
+        """Note that this process can't let the strategy in any more. It goes on trying: the note may be wrong."""
+        if not self.is_lost:
+            self.is_lost = True
+            self._is_out_by(why, "lost until the process is started again")
+
+    def _is_out_by(self, why: str, what: str) -> None:
+        self.why = f"{self.why.partition(';')[0]}; {why}"
+        self._on_change(self, what)
 
     async def close(self, limit_s: float) -> None:
         """Answer what is queued, within a limit, and release the engine, later if a thread is still in it."""

@@ -9,13 +9,15 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tritonclient.grpc as tritongrpc
 from helpers import faulty_engine
-from helpers.faulty_engine import FAULTS, POISON
+from helpers.faulty_engine import FAULTS, LOSES, POISON, STICKS
+from helpers.forks import fork_command, printed_lines
 from helpers.serving import TINY, Serving, as_json, serving, tensors_of, tiny_trace, wait_until
 
 from grbench.deployment import Deployment, Step, Strategy
@@ -107,6 +109,57 @@ def test_the_live_gate_takes_a_wrong_engine_out(pair: Serving, tensors: dict[str
     assert pair.metric("grbench_gate_wrong_total", strategy=broken) >= 1
     time.sleep(0.3)  # it is tried again, and refused
     assert state_of(pair, broken)[0] == "out"
+
+
+def test_a_lost_strategy_is_named_while_another_serves(pair: Serving, tensors: dict[str, np.ndarray]) -> None:
+    """A rebuilt engine has lost its device, too. It is let in all the same once a rebuild passes."""
+    broken, other, _ = breaks(pair, tensors, "lose the device")
+    wait_until(lambda: pair.metric("grbench_restart_needed", strategy=broken) == 1)
+    state, why = state_of(pair, broken)
+    assert state == "out" and why.count("CUDA error") == 2 and "; tried again: " in why
+    assert pair.metric("grbench_restart_needed", strategy=other) == 0
+    assert [pair.call(f"/v2/health/{name}")[0] for name in ("live", "ready")] == [200, 200]
+    assert pair.infer(tensors)[1]["parameters"]["strategy"] == other
+    FAULTS.clear()
+    wait_until(lambda: state_of(pair, broken)[0] == "ready")
+    assert pair.metric("grbench_restart_needed", strategy=broken) == 0
+    assert "strategy lost until the process is started again" in [event["event"] for event in pair.events()]
+
+
+@pytest.mark.parametrize(
+    "item, why",
+    [(LOSES, "(device: RuntimeError: CUDA error"), (STICKS, "a batch has not ended after ")],
+)
+def test_a_server_that_only_a_restart_brings_back_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, item: int, why: str
+) -> None:
+    """Both strategies try the call that breaks them. A thread that hangs does not keep the process."""
+    monkeypatch.setattr(recovery, "FIRST_PAUSE_S", 0.05)
+    strategies = "".join(
+        f"- name: {name}\n  overrides: [{', '.join([*TINY, 'engine=faulty', f'engine.label={name}'])}]\n"
+        for name in ("first", "second")
+    )
+    file = tmp_path / "two.yaml"
+    file.write_text(f"version: 1\ntask: rank\nstrategies:\n{strategies}")
+    words = ["serve.port=0", "serve.grpc_port=null", "serve.time_limit_s=0.4"]
+    process = fork_command(tmp_path, "serve", f"deployment={file}", *words)
+    try:
+        events = map(json.loads, printed_lines(tmp_path / "err.txt", process))
+        server = Serving(next(e for e in events if e["event"] == "listening")["port"], 0, None)  # type: ignore[arg-type]
+        next(e for e in events if e["event"] == "ready")
+        breaking = {"USER_IDS": [1], "TOKEN_LENGTHS": [3], "TOKENS": [1, 2, item], "NUM_CANDIDATES": [1]}
+        status, answer, _ = server.infer({name: np.array(values) for name, values in breaking.items()})
+        assert status == 503 and answer["error"].startswith("no strategy answered: ")
+        assert process.wait(60) == 1
+        rest = list(events)
+        [lost] = [e for e in rest if e["event"] == "lost"]
+        assert lost["error"].startswith(
+            "no strategy serves, and only a new process can; this one ends, start it again: "
+        )
+        assert lost["error"].count("is out") == lost["error"].count(why) == 2
+        assert [e["event"] for e in rest[-2:]] == ["draining", "ended"]
+    finally:
+        process.kill()
 
 
 def test_nothing_serves_when_all_are_out(pair: Serving, tensors: dict[str, np.ndarray]) -> None:

@@ -15,7 +15,8 @@ from grengines.options import option
 from grengines.spec import EngineSpec
 
 FAULTS: dict[str, str] = {}  # label of an engine: its fault
-POISON = 7  # an item: a request with it as its only candidate can't be answered
+POISON, LOSES, STICKS = 7, 8, 9  # items: a request with one as its only candidate can't be answered, or breaks for good
+SWITCHES = {LOSES: "lose the device", STICKS: "hang"}
 
 
 @dataclass
@@ -32,7 +33,11 @@ class FaultyEngine(HSTUEngine):
     name = "faulty"
 
     def rank(self, requests: Sequence[Request]) -> RankResult:
-        fault = FAULTS.get(self._options.label)
+        label = self._options.label
+        for request in requests:
+            if len(request.candidates) == 1 and (switched := SWITCHES.get(request.candidates[0])):
+                FAULTS[label] = switched
+        fault = FAULTS.get(label)
         if fault == "raise":
             raise RuntimeError("the engine is broken")
         if fault == "lose the device":

@@ -41,7 +41,9 @@ from uvicorn.server import ServerState
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError
 from grbench.serve import connections, describe
+from grbench.serve.blame import device_is_lost
 from grbench.serve.bodies import Bodies
+from grbench.serve.controller import Controller
 from grbench.serve.costs import Costs, Kind
 from grbench.serve.errors import RefusedError
 from grbench.serve.exchange import HttpRequest, HttpResponse, Target
@@ -53,6 +55,7 @@ from grbench.serve.protocol import DTYPES, INLINE, number_of, parse_call, shape_
 from grbench.serve.requests import INPUTS, Bounds, decode, events_of
 from grbench.serve.rpc import Rpc, messages
 from grbench.serve.state import Histories, History
+from grbench.serve.strategy import State
 from grbench.serve.tallies import Counts, Spreads
 from grbench.workloads.config import FileConfig
 from grengines.api import Catalogue, Request, Setup
@@ -928,3 +931,29 @@ def test_a_status_names_files_that_can_be_found_from_any_folder(
     monkeypatch.chdir(folder)
     assert describe._absolute("ranker.safetensors") == str(folder / "ranker.safetensors")
     assert describe._absolute("random, seed 3") == "random, seed 3"
+
+
+@pytest.mark.parametrize(
+    "states, lost",
+    [("out", False), ("lost", True), ("lost ready", False), ("lost returning", False), ("lost out", True)],
+)
+def test_only_a_restart_helps_once_no_strategy_serves_or_is_about_to(states: str, lost: bool) -> None:
+    """One that is out for another reason may stay so, and a restart brings back the one that is lost."""
+    strategies = [
+        SimpleNamespace(
+            state=State.READY if word == "ready" else State.OUT,
+            is_lost=word == "lost",
+            may_return=word == "returning",
+        )
+        for word in states.split()
+    ]
+    assert Controller.is_lost.fget(SimpleNamespace(strategies=strategies)) is lost  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "message, lost",
+    [("CUDA error: unspecified launch failure", True), ("CUDA failure 700: an illegal memory access", True),
+     ("CUDA error: out of memory", False), ("CUDA out of memory. Tried to allocate 2 GiB", False)],
+)  # fmt: skip
+def test_a_device_without_room_is_not_lost(message: str, lost: bool) -> None:
+    assert device_is_lost(RuntimeError(message)) is lost
