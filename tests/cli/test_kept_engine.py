@@ -195,7 +195,7 @@ def test_an_engine_that_fails_while_a_probe_is_stopped_is_not_kept_and_its_error
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("start_s", [60.0, 0.0])
+@pytest.mark.parametrize("start_s", [1e6, 0.0])
 def test_the_engine_of_a_stopped_probe_is_kept_if_its_start_takes_longer_than_the_rest_of_the_probe(
     start_s: float, grbench_here: Grbench, forked_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

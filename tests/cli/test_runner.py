@@ -501,18 +501,21 @@ def running(tmp_path: Path) -> Iterator[list[Running]]:
 def test_a_killed_and_a_hanging_worker_are_records_and_the_sweep_goes_on(
     tmp_path: Path, running: list[Running]
 ) -> None:
-    args = ["-m", *QUICK, "seed=0,1,2", "scenario.queries=1000", "runner.timeout_s=10"]
+    """The first two cells go on until they are ended, the second one by the time limit."""
+    endless = [10**8, 2 * 10**8]
+    args = ["-m", *QUICK, f"scenario.queries={endless[0]},{endless[1]},64", "runner.timeout_s=15"]
     running.append(run := Running(tmp_path, *args))
     run.worker(0).send_signal(signal.SIGKILL)
     run.worker(1).send_signal(signal.SIGSTOP)  # hangs until the time limit
     code, output = run.end()
     assert code == 1, output
-    by_seed = {r.spec["seed"]: r for r in found(run.root)}
-    assert by_seed[0].status is Status.KILLED
-    assert "SIGKILL" in (by_seed[0].error or "")
-    assert by_seed[1].status is Status.TIMEOUT
-    assert "runner.timeout_s=10" in (by_seed[1].error or "")
-    assert by_seed[2].status is Status.OK, by_seed[2].error
+    ended = {r.spec["scenario"]["queries"]: r for r in found(run.root)}
+    killed, hanging, fine = (ended[queries] for queries in (*endless, 64))
+    assert killed.status is Status.KILLED
+    assert "SIGKILL" in (killed.error or "")
+    assert hanging.status is Status.TIMEOUT
+    assert "runner.timeout_s=15" in (hanging.error or "")
+    assert fine.status is Status.OK, fine.error
     assert not [p for p in psutil.process_iter() if any(str(tmp_path) in name for name in _files(p))], (
         "a worker is left"
     )

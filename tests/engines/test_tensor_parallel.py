@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from helpers import forks
 from helpers.hstu_oracle import make_requests
 from helpers.replays import Replays
+from helpers.serving import wait_until
 from torch import Tensor
 
 from grbench import workloads
@@ -212,9 +214,8 @@ def test_a_rank_that_is_killed_ends_the_cell_with_the_reason(cell: str, device: 
 
 @pytest.fixture
 def exits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Ends of the whole process that were to be, 0.3 s after the loss of a rank that something waits for."""
+    """Ends of the whole process that were to be, because something waits for a rank long after its loss."""
     found: list[str] = []
-    monkeypatch.setattr(team, "END_S", 0.3)
     monkeypatch.setattr(team.Team, "end_process", lambda self: found.append("the whole process would have ended"))
     return found
 
@@ -243,7 +244,7 @@ def test_a_rank_that_fails_says_why(
         gated([], "cpu")
     status, reason = classify(caught.value)
     assert status is (Status.OOM if kind is torch.OutOfMemoryError else Status.ERROR) and "rank 1" in reason
-    time.sleep(0.5)  # nothing waits for the rank any more
+    nothing_waits()
     assert not exits
 
 
@@ -265,6 +266,11 @@ def test_an_error_of_rank_0_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> 
     assert not Path(f"/proc/{pid}").exists()
 
 
+def nothing_waits() -> None:
+    """Wait until no thread looks for something that waits for a lost rank."""
+    wait_until(lambda: not any("(_watch)" in thread.name for thread in threading.enumerate()))
+
+
 def waiting(group: Group, device: torch.device) -> team.Calls:
     return {"wait": lambda inputs: time.sleep(60)}
 
@@ -277,14 +283,17 @@ def test_a_rank_may_go_while_rank_0_waits_for_none(exits: list[str]) -> None:
     """Rank 0 may load its part, or fail to, and learns of it when it waits."""
     ranks = two_ranks()
     os.kill(ranks.pids[0], signal.SIGKILL)
-    time.sleep(0.6)
+    nothing_waits()
     assert not exits
     with pytest.raises(RuntimeError, match=r"rank 1 of engine\.tensor_parallel=2 ended by SIGKILL"):
         ranks.ready()
     ranks.close()
 
 
-def test_a_busy_a_lost_and_a_closed_rank_have_no_memory_to_report(exits: list[str]) -> None:
+def test_a_busy_a_lost_and_a_closed_rank_have_no_memory_to_report(
+    exits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(team, "END_S", 0.3)  # for a busy one to say something
     known = {"tensor_parallel": 2, "parallel_backend": "gloo"}
     ranks = two_ranks()
     ranks.ready()
@@ -294,9 +303,7 @@ def test_a_busy_a_lost_and_a_closed_rank_have_no_memory_to_report(exits: list[st
     ranks.check()  # a rank that computes is not lost
     os.kill(ranks.pids[0], signal.SIGKILL)
     with pytest.raises(RuntimeError, match="SIGKILL"):
-        for _ in range(500):
-            ranks.check()
-            time.sleep(0.01)
+        wait_until(ranks.check)
     assert ranks.actual() == known
     ranks.close()
     assert ranks.actual() == known

@@ -70,7 +70,7 @@ class Serving:
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, dict(headers or {}))
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=200) as answer:
                 status, text, found = answer.status, answer.read(), answer.headers
         except urllib.error.HTTPError as e:
             status, text, found = e.code, e.read(), e.headers
@@ -160,7 +160,7 @@ def serving(*words: str, deployment: Deployment | None = None, port: int = 0) ->
         listener.close()
 
 
-def wait_until(true: Any, limit_s: float = 20.0) -> None:
+def wait_until(true: Any, limit_s: float = 120.0) -> None:
     """Wait until a condition holds. Fails after the limit."""
     end = time.monotonic() + limit_s
     while not true():

@@ -399,7 +399,10 @@ def test_a_grpc_port_that_is_taken_is_one_line(capfd: pytest.CaptureFixture[str]
 
 
 class _Calls:
-    """An application that answers a call with its body and the names in its path."""
+    """An application that answers a call with its body and the names in its path. limit_s: for the body to come."""
+
+    def __init__(self, limit_s: float = 60.0) -> None:
+        self._limit_s = limit_s
 
     def target(self, path: str) -> Target | None:
         return Target(self._answer, {"path": path}) if path.startswith("/v2") else None
@@ -409,7 +412,7 @@ class _Calls:
 
     async def _answer(self, asked: HttpRequest) -> HttpResponse:
         try:
-            body = await asked.body(20, 0.1, self._came)
+            body = await asked.body(20, self._limit_s, self._came)
         except TimeoutError:
             return HttpResponse(408, b"late", {"connection": "close"})
         given = asked.headers.get("authorization", "") + asked.headers.get("x-grbench-last", "")
@@ -483,7 +486,7 @@ def test_a_client_may_wait_for_leave_to_send_its_body_and_no_longer_than_the_lim
     asked = posted("/v2/a", b"body", "Expect: 100-continue")
     go_on = b"HTTP/1.1 100 Continue\r\n\r\n"
     assert asyncio.run(exchanged(asked[:-4], asked[-4:])) == go_on + answered(b"/v2/a:body")
-    late = asyncio.run(exchanged(asked[:-4], b"", *[b""] * 20))
+    late = asyncio.run(exchanged(asked[:-4], b"", *[b""] * 20, app=_Calls(0.1)))
     assert late == go_on + b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 4\r\n\r\nlate"
 
 
@@ -507,11 +510,11 @@ def test_headers_and_trailers_have_a_bound(first: bytes) -> None:
     """After trailers too long the connection ends before the call is answered."""
 
     async def found() -> bytes:
-        async with connected(_Slow()) as (reader, writer):
+        async with connected(_Slow(10.0)) as (reader, writer):
             for piece in (first, *[b"a" * (connections.MOST_HEADERS // 4)] * 5):
                 writer.write(piece)
                 await asyncio.sleep(0.01)
-            return await asyncio.wait_for(reader.read(), 5)
+            return await asyncio.wait_for(reader.read(), 60)
 
     assert asyncio.run(found())[:12] == (b"" if first is TRAILERS else b"HTTP/1.1 431")
 
@@ -533,9 +536,9 @@ def test_trailers_that_come_at_once_have_the_same_bound() -> None:
     """The connection ends before the call is answered."""
 
     async def found() -> bytes:
-        async with connected(_Slow()) as (reader, writer):
+        async with connected(_Slow(10.0)) as (reader, writer):
             writer.write(TRAILERS + 70_000 * b"a" + b"\r\n\r\n")
-            return await asyncio.wait_for(reader.read(1), 5)
+            return await asyncio.wait_for(reader.read(1), 60)
 
     assert asyncio.run(found()) == b""
 
@@ -564,6 +567,7 @@ class _Left(_Calls):
     """Answers after its client has left, or has the body."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def _answer(self, asked: HttpRequest) -> HttpResponse:
@@ -589,21 +593,25 @@ def test_a_call_whose_client_has_left_is_given_up(sent: bytes) -> None:
 
 
 class _Slow(_Calls):
-    """Answers later than headers may take in these tests."""
+    """Answers after some seconds."""
+
+    def __init__(self, after_s: float) -> None:
+        super().__init__()
+        self._after_s = after_s
 
     async def _answer(self, asked: HttpRequest) -> HttpResponse:
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(self._after_s)
         return await super()._answer(asked)
 
 
 def test_headers_of_the_next_call_may_begin_before_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """They do not end the answer. Their time begins after it, and is no longer than that of other headers."""
-    monkeypatch.setattr(connections, "HEADERS_S", 0.1)
+    monkeypatch.setattr(connections, "HEADERS_S", 0.5)
     one, other = posted("/v2/a", b"one"), posted("/v2/b", b"other")
     first, second = answered(b"/v2/a:one"), answered(b"/v2/b:other")
 
     async def found(rest: bytes, expected: bytes) -> bytes:
-        async with connected(_Slow()) as (reader, writer), asyncio.timeout(20):
+        async with connected(_Slow(0.7)) as (reader, writer), asyncio.timeout(20):
             for piece in (one, other[:20]):
                 writer.write(piece)
                 await asyncio.sleep(0.01)

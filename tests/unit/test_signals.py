@@ -68,7 +68,7 @@ def test_a_signal_waits_for_the_end_of_what_is_kept() -> None:
 def test_a_worker_ends_with_its_launcher() -> None:
     """The test is the launcher: it goes away as one does that SIGKILL ends, without a word."""
     code = "import sys, time, threading; from grbench.execution.worker import _end_with_launcher as end\n"
-    code += "threading.Thread(target=end, args=[int(sys.argv[1])], daemon=True).start(); print(); time.sleep(60)"
+    code += "threading.Thread(target=end, args=[int(sys.argv[1])], daemon=True).start(); print(); time.sleep(600)"
     read_end, write_end = os.pipe()
     command = [sys.executable, "-c", code, str(write_end)]
     worker = subprocess.Popen(command, pass_fds=[write_end], start_new_session=True, stdout=subprocess.PIPE)
@@ -76,7 +76,7 @@ def test_a_worker_ends_with_its_launcher() -> None:
     assert worker.stdout is not None and worker.stdout.readline() == b"\n"
     assert worker.poll() is None
     os.close(read_end)
-    assert worker.wait(timeout=10) == -signal.SIGKILL
+    assert worker.wait(timeout=60) == -signal.SIGKILL
 
 
 def test_a_signal_while_the_results_are_drawn_does_not_cost_the_table(tmp_path: Path) -> None:
@@ -113,5 +113,5 @@ def test_a_signal_that_python_drops_comes_again() -> None:
     with pytest.raises(signals.Stopped, match="SIGTERM"), signals.raised():
         del thing
         assert called == [kept], "the first signal was raised in the callback, and dropped"
-        time.sleep(10)
+        time.sleep(60)
         pytest.fail("the signal did not come again")
