@@ -61,7 +61,7 @@ tritongrpc = pytest.importorskip("tritonclient.grpc")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Serving]:
-    with serving(*TINY, "engine=hstu", "serve.max_body_mb=0.1", "serve.body_timeout_s=0.5", "serve.gate_share=1") as s:
+    with serving(*TINY, "engine=hstu", "serve.max_body_mb=0.1", "serve.body_timeout_s=2", "serve.gate_share=1") as s:
         yield s
 
 
@@ -929,7 +929,7 @@ def test_a_server_that_has_closed_its_engines_ends_at_once(tmp_path: Path) -> No
             assert process.stderr is not None
             assert any(json.loads(line)["event"] == "ready" for line in process.stderr)
             process.terminate()
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
             assert json.loads(process.stderr.readlines()[-1])["event"] == "ended"
         finally:
             process.kill()

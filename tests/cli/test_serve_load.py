@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -213,11 +214,11 @@ def test_what_a_server_does_not_serve_is_refused_once_it_has_loaded(grbench_here
     with HTTPServer(("127.0.0.1", 0), Loading) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        done = load(grbench_here, url, wait_s=20)
+        done = load(grbench_here, url, wait_s=200)
         server.shutdown()
     assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.rglob("record.json"))
     waiting, refused = done.stderr.splitlines()
-    assert waiting.startswith("grbench load: waiting for the server, 20 s left")
+    assert re.match(r"grbench load: waiting for the server, \d+ s left", waiting)
     assert f"Asked was weights: random, seed 0; type python -m grbench load url={url} " in refused
     assert refused.endswith(" model.weights=/w.safetensors")
 
@@ -244,12 +245,12 @@ def test_a_server_that_never_gets_ready_is_waited_for_once_in_words(
     with HTTPServer(("127.0.0.1", 0), Starting) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        done = load(grbench_forked, url, 1, "-m", "seed=0,1")
+        done = load(grbench_forked, url, 2, "-m", "seed=0,1")
         server.shutdown()
     assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.rglob("record.json"))
     waiting, refused = done.stderr.splitlines()
-    assert waiting == "grbench load: waiting for the server, 1 s left (it answers that it is not ready)"
-    assert refused.startswith(f"grbench load: engine.url: {url}: not ready within 1 s: ")
+    assert re.fullmatch(r"grbench load: waiting for the server, \d s left \(it answers that it is not ready\)", waiting)
+    assert refused.startswith(f"grbench load: engine.url: {url}: not ready within 2 s: ")
     assert refused.endswith("; look into its log, set engine.timeout_s to wait longer, or start one: "
                             "grbench serve engine=hstu")  # fmt: skip
 

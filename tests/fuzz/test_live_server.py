@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from grbench.serve import connections
 from grengines.remote.client import body_of
 
-WAIT_S = 0.6  # for an answer; half of it for the server to wait for the rest of a call
+WAIT_S = 1.2  # for an answer; half of it for the server to wait for the rest of a call
 PATHS = ("/v2/models/hstu_tiny/infer", "/v2/models/hstu_tiny/append", "/v2/models/x/infer", "/reload/", "/v2", "/%00")
 CONTENT = {"inputs": [{"name": n, "shape": [1], "datatype": "INT64", "data": [1]} for n in ("USER_IDS", "TOKENS")],
            "parameters": {"deadline_ms": 9000}, "outputs": [{"name": "OUTPUT"}], "id": "a"}  # fmt: skip
@@ -37,10 +37,10 @@ def good() -> tuple[bytes, dict[str, str]]:
     return body_of(tensors_of([request]), {"binary_data_output": True})
 
 
-def statuses(port: int, data: bytes) -> list[int]:
+def statuses(port: int, data: bytes, wait_s: float = WAIT_S) -> list[int]:
     """Send bytes. Returns the status of each answer, until the server closes the connection or keeps it for more."""
     found = b""
-    with socket.create_connection(("127.0.0.1", port), timeout=WAIT_S) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=wait_s) as connection:
         with contextlib.suppress(ConnectionError):  # refused while it was sent: the answer says why
             connection.sendall(data)
         with contextlib.suppress(ConnectionError, TimeoutError):
@@ -63,7 +63,7 @@ def test_damaged_bytes_of_a_connection(server: Serving, good: tuple[bytes, dict[
     lines = [f"POST {PATHS[0]} HTTP/1.1", "host: 127.0.0.1", f"content-length: {len(body)}",
              *(f"{n}: {v}" for n, v in headers.items()), "connection: close", "", ""]  # fmt: skip
     whole = "\r\n".join(lines).encode() + body
-    assert statuses(server.port, whole) == [200]
+    assert statuses(server.port, whole, 60.0) == [200]
     expected = scores(server)
 
     @given(damaged(whole))
