@@ -204,6 +204,7 @@ def test_a_sweep_on_slurm_keeps_the_record_of_every_cell(slurm: Path, tmp_path: 
     said = tmp_path / "err.txt"
     try:
         until(lambda: any((tmp_path / "outputs" / "slurm").glob("*/3_*.out")), command)  # it has begun
+        until(lambda: (slurm / "3").is_file() and bool((slurm / "3").read_text()), command)
         os.killpg(int((slurm / "3").read_text()), signal.SIGKILL)
         until(lambda: measures(said.read_text(), 2), command)
         fine = found(tmp_path)[16]

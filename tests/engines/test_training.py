@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -393,13 +392,14 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypa
         loop.train(task_of(of), of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None)
 
 
-def test_the_time_ends_a_training_within_an_epoch(tmp_path: Path) -> None:
+def test_the_time_ends_a_training_within_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = config(training={"epochs": 50, "minutes": 0.02, "batch": 4, "validate_every": 10})
-    steps: list[int] = []
+    steps, now = list[int](), [0.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def slow(done: int, total: int, after_s: float) -> None:
         steps.append(total)
-        time.sleep(1.3)
+        now[0] += 1.3
 
     state = loop.train(task_of(of), of.training, CPU, 0, tmp_path, "x", report=lambda epoch: None, progress=slow)
     assert state.epochs == state.best_epoch == 1  # it was validated

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -231,23 +230,23 @@ def test_a_ranker_orders_the_most_popular_items_outside_the_past() -> None:
         lists.ask_ranker(SimpleNamespace(rank=wrong), 2, 3)  # type: ignore[arg-type]
 
 
-def test_the_seconds_of_answers_leave_out_what_fills_the_cache() -> None:
+def test_the_seconds_of_answers_leave_out_what_fills_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     events = events_of(*[list(range(20)) for _ in range(4)], items=20)
     workload = RecordedConfig("any", num_candidates=4)
-    rankings = Rankings.of(build_trace(events, find_visits(events, workload), workload, 0, 1.0), ["rated"], 8, seed=0)
-    assert rankings is not None and any(request.num_seen for request in rankings.requests)
-    filled = 0
+    asked = Rankings.of(build_trace(events, find_visits(events, workload), workload, 0, 1.0), ["rated"], 8, seed=0)
+    assert asked is not None and any(request.num_seen for request in asked.requests)
+    filled, now = 0, 0.0
+    monkeypatch.setattr(rankings, "time", SimpleNamespace(perf_counter=lambda: now))
 
     def rank(requests: list[Request]) -> RankResult:
-        nonlocal filled
-        if not any(request.num_seen for request in requests):
-            filled += 1
-            time.sleep(0.05)
+        nonlocal filled, now
+        is_fill = not any(request.num_seen for request in requests)
+        filled, now = filled + is_fill, now + (50.0 if is_fill else 1.0)
         scores = [np.zeros((len(request.candidates), 1), np.float32) for request in requests]
         return RankResult(scores=scores, batch_ms=0, transfer_ms=0, compute_ms=0, tokens=0, padded_tokens=0)
 
-    scores, seconds = rankings.ask(SimpleNamespace(rank=rank), 8, returning=True)  # type: ignore[arg-type]
-    assert len(scores) == 8 and filled == 2 and 0 < seconds < 0.05
+    scores, seconds = asked.ask(SimpleNamespace(rank=rank), 8, returning=True)  # type: ignore[arg-type]
+    assert len(scores) == 8 and filled == 2 and seconds == 1.0
 
 
 def trace_of(users: int) -> Trace:
