@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from grbench.execution.workers import Event, KeptWorker, Worker
 from grbench.gate.measured import MeasuredAnswers
 from grbench.report import rows
 from grbench.signals import Stopped
+from grengines.api import RankResult, Request
 from grengines.cache.storage import StorageTier
 from grengines.hstu.engine import HSTUEngine
 
@@ -557,12 +558,6 @@ def test_a_signal_keeps_what_is_done(tmp_path: Path, running: list[Running], wor
     assert not worker.is_running()
 
 
-FILL = """
-while [ ! -s disk/root/sweeps/s/0/worker.log ] && ! ls disk/root/sweeps/s/0/loadgen 2>/dev/null; do sleep 0.05; done
-exec dd if=/dev/zero of=disk/filler bs=64k 2>/dev/null
-"""
-
-
 NO_MOUNTS = 3
 
 
@@ -579,7 +574,7 @@ def mount_disk() -> None:
 
 
 def test_a_full_disk_is_a_record_and_the_sweep_goes_on(tmp_path: Path) -> None:
-    """The output root is a small file system of its own, filled by the test while the first cell measures."""
+    """The output root is a small file system of its own, which is full from a batch of the first cell on."""
     args = [
         "-m",
         *[a for a in QUICK if not a.startswith("scenario")],
@@ -591,6 +586,15 @@ def test_a_full_disk_is_a_record_and_the_sweep_goes_on(tmp_path: Path) -> None:
         "hydra.sweep.dir=disk/root/sweeps/s",
     ]
 
+    rank, ranked, filler = HSTUEngine.rank, [0], tmp_path / "disk" / "filler"
+
+    def filling(engine: HSTUEngine, requests: Sequence[Request]) -> RankResult:
+        ranked[0] += 1
+        if ranked[0] == 20 and not (tmp_path / "filled").exists():
+            (tmp_path / "filled").touch()
+            subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=64k"], capture_output=True)
+        return rank(engine, requests)
+
     def work() -> None:
         """Sweep on the full disk, and again with room."""
         os.chdir(tmp_path)
@@ -601,21 +605,21 @@ def test_a_full_disk_is_a_record_and_the_sweep_goes_on(tmp_path: Path) -> None:
             sys.exit(NO_MOUNTS)
         sys.argv, tempfile.tempdir = ["grbench"], str(tmp_path)
         fork_workers(pytest.MonkeyPatch())
+        pytest.MonkeyPatch().setattr(HSTUEngine, "rank", filling)
         codes = []
-        with subprocess.Popen(["sh", "-c", FILL]):
-            for name in ("full", "room"):
-                with (
-                    Path(f"{name}.out").open("w") as out,
-                    Path(f"{name}.err").open("w") as err,
-                    contextlib.redirect_stdout(out),
-                    contextlib.redirect_stderr(err),
-                ):
-                    codes.append(main(args))
-                Path("disk/filler").unlink(missing_ok=True)
+        for name in ("full", "room"):
+            with (
+                Path(f"{name}.out").open("w") as out,
+                Path(f"{name}.err").open("w") as err,
+                contextlib.redirect_stdout(out),
+                contextlib.redirect_stderr(err),
+            ):
+                codes.append(main(args))
+            filler.unlink(missing_ok=True)
         shutil.copytree("disk/root", "kept")
         Path("code").write_text(str(codes[0]))
 
-    done = in_fork(work, tmp_path, 120)
+    done = in_fork(work, tmp_path)
     if done.returncode == NO_MOUNTS:
         pytest.skip(f"no private mounts here: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr

@@ -128,7 +128,7 @@ def _become(work: Callable[[], object], output: Path, errors: Path | None, fds: 
     os._exit(code)
 
 
-def in_fork(work: Callable[[], object], folder: Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def in_fork(work: Callable[[], object], folder: Path, timeout: float = 200) -> subprocess.CompletedProcess[str]:
     """Do `work` in a fork, and wait for it. It prints to out.txt and err.txt in a folder."""
     out, err = folder / "out.txt", folder / "err.txt"
     out.unlink(missing_ok=True)
@@ -146,7 +146,7 @@ def in_fork(work: Callable[[], object], folder: Path, timeout: float = 60) -> su
     return subprocess.CompletedProcess(["fork"], code, out.read_text(), err.read_text())
 
 
-def run_program(program: str, folder: Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def run_program(program: str, folder: Path, timeout: float = 200) -> subprocess.CompletedProcess[str]:
     """Run the text of a Python program in a fork; see `in_fork`."""
     return in_fork(lambda: exec(program, {"__name__": "__main__"}), folder, timeout)
 
