@@ -145,8 +145,7 @@ def axes_of(overrides: Sequence[str], config_dir: str | None = None) -> tuple[di
             axes: dict[str, list[str]] = {}
             for override in parser.parse_overrides([*swept, *overrides]):
                 if override.is_sweep_override():
-                    [batch] = BasicSweeper.split_arguments([override], None)
-                    axes[_typed_key(override)] = [word.partition("=")[2] for [word] in batch]
+                    axes[_typed_key(override)] = [word.partition("=")[2] for word in _words_of(override)]
             several = {str(o.input_line) for o in parsed if o.is_sweep_override()}
             return axes, [word for word in words if word not in several]
     except (HydraException, OmegaConfBaseException) as e:
@@ -184,6 +183,18 @@ def _value_in(file: DictConfig, key: str) -> list[str]:
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None
     return [] if node is None else [str(node)]
+
+
+def _words_of(override: Override) -> list[str]:
+    """Return an override for each value of one of a sweep. Raises ConfigError for an interval, which lists none."""
+    if not override.is_discrete_sweep():
+        key = override.key_or_group
+        raise ConfigError(
+            f"{override.input_line}: an interval has no list of values; allowed are {key}=VALUE,VALUE, "
+            f"'{key}=range(FIRST,END,STEP)' and '{key}=choice(VALUE,VALUE)'"
+        )
+    [batch] = BasicSweeper.split_arguments([override], None)
+    return [word for [word] in batch]
 
 
 def _typed_key(override: Override) -> str:
@@ -261,7 +272,7 @@ def _expand(
         swept = [f"{key}={value}" for key, value in (base.hydra.sweeper.params or {}).items()]
         every = parser.parse_overrides(swept + overrides)
         for override in every:
-            if override.is_sweep_override() and not any(BasicSweeper.split_arguments([override], None)):
+            if override.is_sweep_override() and not _words_of(override):
                 raise ConfigError(
                     f"{override.input_line}: it has no value; give at least one, {override.key_or_group}=..."
                 )

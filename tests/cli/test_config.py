@@ -437,6 +437,13 @@ def test_a_sweep_over_nothing_names_the_option(word: str) -> None:
     assert str(caught.value).startswith(f"{word}: it has no value; give at least one, {word.partition('=')[0]}=")
 
 
+def test_a_sweep_over_an_interval_says_what_is_allowed() -> None:
+    with pytest.raises(ConfigError) as caught:
+        cells_of(["engine=hstu", "seed=interval(1,4)"])
+    allowed = "seed=VALUE,VALUE, 'seed=range(FIRST,END,STEP)' and 'seed=choice(VALUE,VALUE)'"
+    assert str(caught.value) == f"seed=interval(1,4): an interval has no list of values; allowed are {allowed}"
+
+
 REFUSED = [  # what the worker refused before: overrides, and the refusal
     ("engine=onnxruntime cache=lru", "cache=lru: engine=onnxruntime computes whole histories; set cache=none"),
     ("engine=onnxruntime cache.item_memory_gb=1", "cache.item_memory_gb=1: engine=onnxruntime has the whole table"),

@@ -109,6 +109,10 @@ TINY = (
             ["engine=hstu", "engine.precision=fp32,fp7"],
             "tune: engine.precision=fp7: nearest: fp8; allowed is one of auto",
         ),
+        (
+            ["space=typed", "cache.onload_share=interval(0,1)"],
+            "cache.onload_share=interval(0,1): an interval has no list of values; allowed are cache.onload_share=VALUE",
+        ),
         (["engine=hstu", "scenario.max_batch=0,4"], "tune: scenario.max_batch=0: allowed is int >= 1 and <= 65536"),
         (["space=typed", "engine=vllm,hf", "task=rank"], "the space is empty: none of 2 combinations can run here"),
     ],
