@@ -28,7 +28,7 @@ from grbench.tune import legal
 from grbench.tune.outcome import Configuration
 from grengines.options import violations
 
-MOST = 20_000  # combinations that are checked one by one
+MOST = 20_000  # combinations that are checked one by one, without options that their engine or cache lacks
 NO_KEY = ": no such key; "
 Axes = Mapping[str, Sequence[str]]
 
@@ -53,12 +53,10 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
     if empty:
         raise ConfigError(f"{empty[0]}: the space has no value of it; give at least one")
     total = math.prod(len(values) for values in axes.values())
-    if total > MOST:
-        raise ConfigError(
-            f"the space has {total:,} combinations, allowed are {MOST:,}; fix an option, or give it fewer values"
-        )
     groups = {key: values for key, values in axes.items() if _is_group(key)}
     options = {key: values for key, values in axes.items() if key not in groups}
+    each = math.prod(len(values) for values in options.values())  # combinations of options for one of groups
+    _refuse_too_many(total // each * max(map(len, options.values()), default=1))  # before any of them is composed
     combinations = [list(zip(groups, values, strict=True)) for values in itertools.product(*groups.values())]
     words = [[*fixed, *(f"{key}={value}" for key, value in combination)] for combination in combinations]
     left_out: Counter[str] = Counter()
@@ -70,19 +68,19 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
     read: set[str] = set()  # fixed overrides and options that some configuration reads
     idle: dict[str, str] = {}  # those that one does not read, with the line that refuses them
     found: dict[Configuration, tuple[RunSpec, RunConfig]] = {}
+    chosen: list[tuple[list[tuple[str, str]], dict[str, dict[str, Any]], RunConfig]] = []  # with their options
     for combination, its, cfg in zip(combinations, words, compose_many(words, config_dir), strict=True):
-        count = math.prod(len(values) for values in options.values())
         if isinstance(cfg, str):
             if "no such option" in cfg:  # a misspelt name
                 raise ConfigError(cfg)
-            left_out[cfg] += count
+            left_out[cfg] += each
             continue
         composed = composed or its
         known |= {key for key in options if _has(cfg, key)}
         try:
             run = checked(cfg, RunConfig)
         except ConfigError as e:
-            left_out[str(e)] += count
+            left_out[str(e)] += each
             continue
         mine = {}
         for key, texts in options.items():
@@ -91,7 +89,10 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
             mine[key], wrong = typed_values
             taken |= {(key, text) for text in mine[key]}
             refused |= {(key, text): reason for text, reason in wrong.items()}
-            left_out.update(dict.fromkeys(wrong.values(), count // len(texts)))
+            left_out.update(dict.fromkeys(wrong.values(), each // len(texts)))
+        chosen.append((combination, mine, run))
+    _refuse_too_many(sum(math.prod(map(len, mine.values())) for _, mine, _ in chosen))
+    for combination, mine, run in chosen:
         for configuration, changed in _with_options(combination, mine, run):
             if problem := next(violations(changed), None):
                 left_out[problem] += 1
@@ -127,6 +128,14 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
     axes = {key: values for key, values in axes.items() if any(c.get(key) is not None for c in kept)}
     kept.sort(key=lambda configuration: _unlike_default(configuration, axes, found[configuration][1]))
     return Space(axes, kept, {c: found[c][0] for c in kept}, dict(left_out.most_common()))
+
+
+def _refuse_too_many(count: int) -> None:
+    """Raise ConfigError if more combinations are to be checked than can be within a minute."""
+    if count > MOST:
+        raise ConfigError(
+            f"the space has {count:,} combinations, allowed are {MOST:,}; fix an option, or give it fewer values"
+        )
 
 
 def _is_group(key: str) -> bool:

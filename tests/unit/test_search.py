@@ -1364,6 +1364,33 @@ def test_an_option_is_left_out_of_configurations_that_do_not_read_it(monkeypatch
         assert compose_spec([*fixed, *configuration.words])[0] == spec
 
 
+def test_combinations_are_counted_without_options_that_an_engine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(legal, "refusals", lambda specs: [None] * len(specs))
+    axes = {"engine": ["hstu", "onnxruntime"], "engine.cuda_graphs": ["true", "false"]}
+    axes |= {"scenario.max_batch": ["4", "8", "16"]}  # 6 of hstu, and 3 of onnxruntime, which has no graphs
+    monkeypatch.setattr(space, "MOST", 9)
+    assert len(space.build(axes, axes, ["scenario=server"]).configurations) == 9
+    monkeypatch.setattr(space, "MOST", 8)
+    with pytest.raises(ConfigError, match=r"^the space has 9 combinations, allowed are 8; fix an option"):
+        space.build(axes, axes, ["scenario=server"])
+    monkeypatch.setattr(space, "compose_many", None)  # what is surely too many is refused before any is composed
+    with pytest.raises(ConfigError, match=r"^the space has 10 combinations, allowed are 8"):
+        space.build({**axes, "scenario.max_batch": list("12345")}, axes, ["scenario=server"])
+
+
+def test_the_default_space_of_a_gpu_has_room_for_the_options_that_a_limit_on_quality_adds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "visible_gpus", lambda: [0])
+    monkeypatch.setattr(space, "_with_options", lambda *given: [])  # checking each takes ten seconds
+    (tmp_path / "weights.safetensors").touch()
+    words = [f"model.weights={tmp_path}/weights.safetensors", "quality.auc_loss=0.1%", "latency_ms.p99=80"]
+    declared = config.declare(words)
+    assert {"model.max_attn_len", "cache.precision"} <= declared.axes.keys()
+    with pytest.raises(ConfigError, match=r"^the space is empty"):  # none was checked, and their number was not refused
+        space.build(declared.axes, declared.typed, declared.fixed)
+
+
 @pytest.mark.parametrize(
     "words, fewest",
     [
