@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from grbench.execution import stats
 from grbench.tune import rates
-from grbench.tune.certification import certify
 from grbench.tune.knowledge import BOTTOM, SIZES, Knowledge
 from grbench.tune.limits import Limit
 from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe, Wanted
@@ -23,7 +22,7 @@ from grbench.tune.proposers import Axes, Listed, Neighbours, OneAtATime, OptunaP
 from grbench.tune.queue_model import BatchTimes, Floats, arrivals, latencies_ms
 from grbench.tune.search import Search
 from grbench.tune.surrogate import Surrogate
-from grbench.tune.trial import Batching, Goal, carried, quiet
+from grbench.tune.trial import Batching, Goal, carried
 from grbench.tune.worth import pooled
 
 CERTIFYING = 30  # cells for certification, beside those of the search
@@ -238,11 +237,12 @@ def replay(
 
     proposer = STRATEGIES[strategy](configurations, grid.axes, seed)
     knowledge = Knowledge(goal, grid.batching)
-    Search(knowledge, configurations, evaluator, proposer, progress, screen=strategy.startswith(OURS)).run()
-    spent, rounds = evaluator.used, evaluator.rounds
+    search = Search(knowledge, configurations, evaluator, proposer, progress, screen=strategy.startswith(OURS))
+    search.run()
+    run = Run(list(regret), by_round[: evaluator.rounds], evaluator.used, None, None)  # the certification has own cells
     evaluator.allow(CERTIFYING)
-    certificate = certify(knowledge, evaluator, quiet) if goal.runs else None
+    certificate = search.certify() if goal.runs else None
     if certificate is None:
-        return Run(regret, by_round[:rounds], spent, None, None)
+        return run
     claimed, true = carried(certificate.step, certificate.together), truths[certificate.trial.configuration]
-    return Run(regret, by_round[:rounds], spent, 1 - true / best, claimed / true if true else math.inf)
+    return replace(run, final=1 - true / best, claim=claimed / true if true else math.inf)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from grbench.report.cells import number_of
 from grbench.tune import rates
-from grbench.tune.certification import ROUNDING, certifiable, plan, recall, reserve
+from grbench.tune.certification import ROUNDING, Certificate, certifiable, certify, plan, recall, reserve
 from grbench.tune.highest import COARSE, HighestRate
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.outcome import BudgetSpentError, Configuration, Evaluator, Outcome, Probe
@@ -49,6 +49,7 @@ class Search:
         self._say = say
         self._knowledge, self._configurations = knowledge, configurations
         self._evaluator, self._proposer = evaluator, proposer
+        self._progress = progress
         self._screen = screen and knowledge.goal.objective == "throughput"
         self._probes = Probes(knowledge, evaluator, progress)
         self._highest = HighestRate(knowledge, self._probes, self._screen)
@@ -66,27 +67,39 @@ class Search:
                 self.try_each(iter(self._ask, None))
         self._name_without_room()
         with contextlib.suppress(BudgetSpentError):
-            while (best := self._knowledge.incumbent) is not None and self._highest.narrow(best):
-                pass  # a failed step may make another trial the best
+            self._narrow_best()
             if self._screen:
                 self._runners_up()
 
-    def go_on(self) -> bool:
+    def certify(self) -> Certificate | None:
+        """Certify the best. Where no rate of it passes, go on with the next best ones while the budget lasts."""
+        certificate = certify(self._knowledge, self._evaluator, self._progress)
+        while certificate is None and self._go_on():
+            certificate = certify(self._knowledge, self._evaluator, self._progress)
+        return certificate
+
+    def _go_on(self) -> bool:
         """Find the rates of the next best configurations that keep none yet, until one of them keeps the limits.
 
         It is for a search whose best failed its certification: the others were probed offline, and at a rate only above
-        that of the best. Returns True if one keeps the limits now. If the best has not failed, the budget has no room
-        to certify it, and nothing is probed.
+        that of the best. Returns True if one keeps the limits now. If the best that may be certified has not failed,
+        the budget has no room to certify it, and nothing is probed.
         """
-        best, trials = self._knowledge.incumbent, self._knowledge.trials
-        if best is not None and best.refuted is None:
+        if any(trial.refuted is None for trial in certifiable(self._knowledge)[:1]):
             return False
+        trials = self._knowledge.trials
         open_ = [t for t in trials if t.offline is not None and t.low is None and not (t.failed or t.refuted)]
         open_.sort(key=self._knowledge.expected, reverse=True)
         tried = itertools.takewhile(lambda trial: all(other.low is None for other in open_), open_)
         with contextlib.suppress(BudgetSpentError):
             self._run_each(self._highest.find(trial, alone=True) for trial in tried)
+            self._narrow_best()
         return any(trial.low is not None for trial in open_)
+
+    def _narrow_best(self) -> None:
+        """Narrow the bracket of the best that may be certified. Raises BudgetSpentError."""
+        while (best := next(iter(certifiable(self._knowledge)), None)) is not None and self._highest.narrow(best):
+            pass  # a failed step may make another trial the best
 
     def try_each(self, configurations: Iterable[Configuration]) -> None:
         """Try configurations, each once there is a place. Raises BudgetSpentError."""

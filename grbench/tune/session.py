@@ -27,7 +27,7 @@ from grbench.report.cells import number_of
 from grbench.tools import sizing
 from grbench.tune import answer, deploy
 from grbench.tune.answer import Answer
-from grbench.tune.certification import SEED, Certificate, certifiable, certify, plan
+from grbench.tune.certification import SEED, Certificate, certifiable, plan
 from grbench.tune.config import Declared
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.limits import Verdict
@@ -113,14 +113,11 @@ class TuneSession:
         return code
 
     def _certify(self) -> Certificate | None:
-        """Certify the best. Where no rate of it passes, the search goes on with the next best ones."""
+        """Certify the best, or say why nothing is certified."""
         if not self._declared.goal.runs:
             self._knowledge.uncertified = "certify_runs=0 asks for no others"
             return None
-        certificate = certify(self._knowledge, self._evaluator, self._show)
-        while certificate is None and self._search.go_on():
-            certificate = certify(self._knowledge, self._evaluator, self._show)
-        return certificate
+        return self._search.certify()
 
     def _measure_steps(self, found: Answer) -> None:
         """Measure configurations one step from the winner while the budget lasts, so that each step has a cost."""

@@ -26,10 +26,10 @@ from grbench.tune.limits import Limit, Verdict
 from grbench.tune.outcome import UNJUDGED, BudgetSpentError, Configuration, Outcome, Probe, Wanted
 from grbench.tune.proposers import Listed, Neighbours, OneAtATime, OptunaProposer
 from grbench.tune.queue_model import BatchTimes, arrivals, latencies_ms
-from grbench.tune.replay import Grid, Measured, replay
+from grbench.tune.replay import Grid, Measured, Replay, replay
 from grbench.tune.search import Search
 from grbench.tune.surrogate import Surrogate
-from grbench.tune.trial import Batching, Goal, Trial
+from grbench.tune.trial import Batching, Goal, Refutation, Trial
 from grbench.tune.worth import requests_needed, worst, worth_of_a_request
 
 P99 = Limit("latency_ms/p99", 80.0)
@@ -638,6 +638,29 @@ def test_a_loss_that_is_not_proven_ends_the_tries_of_a_configuration() -> None:
     assert search.ranking() and certify(search, evaluator) is None and len(evaluator.probes) == measured
     found = answer.answer(search, None)
     assert found is not None and "quality.auc_loss 0% [-1%, 1%], likely kept" in answer.sentence(found)
+
+
+def test_a_search_does_not_go_on_where_only_the_budget_lacks() -> None:
+    """A leader that failed at every rate does not stand before one that has not failed."""
+    evaluator, memory = Capacities(CAPACITY), Limit("gpu_memory_mib/reserved", 99.0)
+    usual = evaluator.outcome
+    evaluator.outcome = lambda *asked: with_memory(usual(*asked), 50.0)  # type: ignore[method-assign]
+    knowledge = Knowledge(Goal("throughput", (P99, memory)), BATCHING)
+    search = Search(knowledge, ALL, evaluator, Surrogate(ALL, AXES))
+    search.run()
+    leader = knowledge.ranking()[0]
+    assert leader.low is not None
+    found = with_memory(leader.probes[leader.low], 200.0)
+    leader.refute(Refutation(leader.low + 1, found, Verdict.BROKEN, memory, "as planned"))
+    assert knowledge.ranking()[0] is leader and knowledge.ranking()[1].refuted is None
+    assert any(trial.offline and trial.low is None and not trial.failed for trial in knowledge.trials)
+    evaluator.cells = len(evaluator.probes) + 1  # no room for two runs, and for a probe
+    before = len(evaluator.probes)
+    assert search.certify() is None and len(evaluator.probes) == before
+
+
+def with_memory(found: Outcome, mib: float) -> Outcome:
+    return dataclasses.replace(found, metrics={**found.metrics, "gpu_memory_mib/reserved": mib})
 
 
 def test_a_run_beyond_the_limit_fails_the_rate() -> None:
@@ -1317,6 +1340,33 @@ def test_a_replayed_search_comes_near_the_best_and_certifies_nothing_false(repla
     finals = [run.final for run in runs if run.final is not None]
     assert len(finals) == 3 and sum(finals) / 3 <= 0.06  # two steps of the ladder
     assert not any(run.false_feasible for run in runs)
+
+
+def test_a_replay_goes_on_where_every_leader_fails_as_a_search_does(
+    replayed: tuple[Grid, Truths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The regret is that of the search alone, without what its certification found."""
+    made, truths = replayed
+    memory, draw = "gpu_memory_mib/reserved", Replay._draw
+    cells = {c: dataclasses.replace(cell, metrics={memory: 50.0}) for c, cell in made.cells.items()}
+    grid, goal = Grid(made.axes, cells, made.batching), dataclasses.replace(REPLAYED, limits=(P99, Limit(memory, 99.0)))
+    whole = replay(grid, goal, "grbench", 40, 0, truths)
+    led: set[Configuration] = set()
+    certified: list[Configuration] = []
+
+    def drawn(self: Replay, configuration: Configuration, probe: Probe, rng: np.random.Generator) -> Outcome:
+        found = draw(self, configuration, probe, rng)
+        if probe.rate and not probe.seed and not certified:
+            led.add(configuration)
+        certified.extend([configuration] * bool(probe.seed))
+        fails = probe.seed and configuration in led
+        return dataclasses.replace(found, metrics={**found.metrics, memory: 200.0}) if fails else found
+
+    monkeypatch.setattr(Replay, "_draw", drawn)
+    run = replay(grid, goal, "grbench", 40, 0, truths)
+    assert certified[0] in led and certified[-1] not in led
+    assert run.final is not None and run.final > 0
+    assert (run.regret, run.by_round, run.cells) == (whole.regret, whole.by_round, whole.cells)
 
 
 def test_places_save_rounds_and_cost_no_regret(replayed: tuple[Grid, Truths]) -> None:
