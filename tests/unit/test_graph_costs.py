@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.hstu_oracle import make_requests
-from hypothesis import given, settings
+from helpers.properties import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from grengines.api import Catalogue, RankResult, Request
@@ -64,7 +65,7 @@ def test_even_buckets_pad_each_sequence() -> None:
     assert Buckets(with_cache).choose(Bucket.of([9], [6], [49])) is None
 
 
-@settings(deadline=None, max_examples=50)
+@examples(200)
 @given(
     events=st.lists(st.integers(0, 2000), min_size=1, max_size=16),
     candidates=st.integers(1, 300),
@@ -86,7 +87,7 @@ def test_a_packed_bucket_holds_any_batch_of_the_sample_with_little_padding(
     assert bucket.candidates <= 2 * sum(len(r.candidates) for r in batch)
 
 
-@settings(deadline=None, max_examples=50)
+@examples(200)
 @given(new=st.lists(st.integers(0, 500), min_size=1, max_size=8))
 def test_packed_buckets_hold_batches_with_cached_tokens(new: list[int]) -> None:
     """Cache all but some new events of histories of 500 events."""
@@ -99,7 +100,7 @@ def test_packed_buckets_hold_batches_with_cached_tokens(new: list[int]) -> None:
     assert host.padded_tokens <= max(2 * host.tokens, host.tokens + TILE, 32)
 
 
-@settings(deadline=None, max_examples=50)
+@examples(200)
 @given(
     batch=st.sampled_from([1, 2, 8]),
     tokens=st.integers(1, 3000),

@@ -62,6 +62,7 @@ def test_built_ids_are_unique_and_found_again(
     assert (ids.items(ids.tokens(everyone)) == everyone).all()
 
 
+@examples(100)
 @given(catalogues())
 def test_tokens_and_items_against_a_dictionary(ids: SemanticIds) -> None:
     expected: dict[tuple[int, ...], int] = {}
@@ -87,6 +88,7 @@ def step(trie: TensorTrie, level: int, nodes: npt.NDArray[Any], codes: npt.NDArr
     return np.where(found.any(1), first + found.argmax(1), -1)
 
 
+@examples(100)
 @given(catalogues())
 def test_the_trie_is_the_set_of_tuples(ids: SemanticIds) -> None:
     arrays = Trie.of(ids)
@@ -234,6 +236,7 @@ def test_what_build_refuses(vectors: Any, levels: int, codes: int, expected: str
         build(vectors, levels, codes)
 
 
+@examples(100)
 @given(st.integers(1, 10_000_000), st.integers(1, 5))
 def test_proposed_codes_leave_room(items: int, levels: int) -> None:
     codes = propose_codes(items, levels)

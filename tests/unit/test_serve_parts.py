@@ -25,8 +25,9 @@ import pytest
 import uvicorn
 import yaml
 from helpers.checkout import ROOT
+from helpers.properties import examples
 from helpers.serving import certificate
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import (
     CollectorRegistry,
@@ -103,7 +104,7 @@ def answer(body: bytes, length: str | None) -> str:
 
 
 @given(CALL, st.binary(max_size=40), st.booleans())
-@settings(max_examples=300, deadline=None)
+@examples(1200)
 def test_random_calls_are_refused_in_one_line(call: Any, rest: bytes, binary: bool) -> None:
     body = json.dumps(call).encode()
     refused = answer(body + (rest if binary else b""), str(len(body)) if binary else None)
@@ -111,7 +112,7 @@ def test_random_calls_are_refused_in_one_line(call: Any, rest: bytes, binary: bo
 
 
 @given(st.lists(NUMBERS, max_size=4), st.sampled_from([*DTYPES]), SIZES, st.binary(max_size=16))
-@settings(max_examples=300, deadline=None)
+@examples(1200)
 def test_random_tensors_are_taken_as_they_are_or_refused(data: list[Any], kind: str, shape: Any, rest: bytes) -> None:
     for read in (
         lambda sizes: tensor_of_list(data, DTYPES[kind], sizes, "T"),
@@ -689,7 +690,7 @@ def test_wrong_options_of_the_server_are_refused_first(tmp_path: Path, options: 
 
 
 @given(st.integers(0, 400), st.binary(min_size=1, max_size=3))
-@settings(max_examples=200, deadline=None)
+@examples(800)
 def test_damaged_calls_are_answered_or_refused(at: int, damage: bytes) -> None:
     tensors = {"USER_IDS": [1], "TOKEN_LENGTHS": [3], "TOKENS": [1, 2, 3], "NUM_CANDIDATES": [1]}
     inputs = [{"name": n, "shape": [len(d)], "datatype": "INT64", "data": d} for n, d in tensors.items()]
