@@ -65,7 +65,7 @@ def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setenv("GRBENCH_OUTPUT", str(root))
         notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
         notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({probe}))"))
-        client = NotebookClient(notebook, timeout=120, kernel_name="grbench_test")
+        client = NotebookClient(notebook, timeout=200, startup_timeout=200, kernel_name="grbench_test")
         try:
             client.execute(cwd=str(tmp_path))
         except CellExecutionError:

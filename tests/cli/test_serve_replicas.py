@@ -65,7 +65,7 @@ class _Named(http.server.BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers["content-length"]))
         if self.path == "/held":
             self.held.put(self.server.server_address[1])
-            self.server.released.wait(20)  # type: ignore[attr-defined]
+            self.server.released.wait(120)  # type: ignore[attr-defined]
         status = 503 if self.path == f"/not_at/{self.server.server_address[1]}" else 200
         self._answer(f"{self.server.server_address[1]} {self.headers[OWNER_HEADER]}".encode(), status)
 
@@ -114,7 +114,7 @@ def proxied(folder: Path, addresses: list[Address]) -> Iterator[tuple[Proxy, Ser
 def up(config: ServeConfig) -> int:
     """Return how many replicas HAProxy finds healthy, by its metrics."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{config.stats_port}/metrics", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{config.stats_port}/metrics", timeout=60) as answer:
             text = answer.read().decode()
     except OSError:
         return 0
@@ -126,7 +126,7 @@ def up(config: ServeConfig) -> int:
 
 def in_flight(config: ServeConfig, backend: str) -> int:
     """Return the calls that the servers of a backend have, by HAProxy's metrics."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{config.stats_port}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{config.stats_port}/metrics", timeout=60) as answer:
         lines = answer.read().decode().splitlines()
     name = f'haproxy_server_current_sessions{{proxy="{backend}",'
     return sum(int(float(line.split()[-1])) for line in lines if line.startswith(name))
@@ -140,7 +140,7 @@ def routed(reason: str, *servers: Serving) -> int:
 def placed(config: ServeConfig) -> dict[int, tuple[str, str]]:
     """Return for each user the server that answers, and the number of the user's replica."""
     wait_until(lambda: in_flight(config, "replicas") == 0)  # a thread of HAProxy may not have ended the last call yet
-    connection, found = http.client.HTTPConnection("127.0.0.1", config.port, timeout=20), {}
+    connection, found = http.client.HTTPConnection("127.0.0.1", config.port, timeout=120), {}
     for user in range(USERS):
         connection.request("POST", "/", b"x", {"x-user-id": str(user)})
         server, before = connection.getresponse().read().decode().split()
@@ -170,12 +170,12 @@ def test_a_call_without_a_user_goes_to_the_replica_with_the_fewest_calls(tmp_pat
     with proxied(tmp_path, named[:2]) as (_, config), contextlib.ExitStack() as stack:
 
         def post(path: str) -> http.client.HTTPConnection:
-            connection = http.client.HTTPConnection("127.0.0.1", config.port, timeout=20)
+            connection = http.client.HTTPConnection("127.0.0.1", config.port, timeout=120)
             connection.request("POST", path, b"x")
             return stack.enter_context(contextlib.closing(connection))
 
         post("/held")
-        busy = _Named.held.get(timeout=20)
+        busy = _Named.held.get(timeout=120)
         for _ in range(6):
             found = int(post("/").getresponse().read().split()[0])
             assert found in {address.port for address in named[:2]} - {busy}
@@ -190,7 +190,7 @@ def test_a_call_that_gets_503_is_answered_by_another_replica(
     with proxied(tmp_path, named[:2]) as (_, config):
         ports = [address.port for address in named[:2]]
         for refusing, other in (ports, ports[::-1]):
-            connection = http.client.HTTPConnection("127.0.0.1", config.port, timeout=20)
+            connection = http.client.HTTPConnection("127.0.0.1", config.port, timeout=120)
             with contextlib.closing(connection):
                 connection.request("POST", f"/not_at/{refusing}", b"x", headers)
                 answer = connection.getresponse()
@@ -390,7 +390,7 @@ def test_replicas_are_asked_together_and_one_that_restarts_stays_where_it_was() 
 def test_a_reload_of_one_replica_is_refused(tmp_path: Path, named: list[Address]) -> None:
     with proxied(tmp_path, named) as (_, config):
         for path in ("/reload", "/%72eload", "/reload?now"):
-            connection = http.client.HTTPConnection("127.0.0.1", config.port, timeout=20)
+            connection = http.client.HTTPConnection("127.0.0.1", config.port, timeout=120)
             with contextlib.closing(connection):  # HAProxy ends once no connection is open
                 connection.request("POST", path, b"")
                 answer = connection.getresponse()

@@ -26,7 +26,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wheel of the checkout, built with the build backend that is installed here and without a network."""
     folder = tmp_path_factory.mktemp("dist")
     build = ["wheel", "-q", "--no-index", "--no-build-isolation", "--no-deps", "-w", str(folder), str(ROOT)]
-    subprocess.run([*PIP, *build], check=True, timeout=120)
+    subprocess.run([*PIP, *build], check=True, timeout=250)
     return next(folder.glob("grbench-*.whl"))
 
 
@@ -34,10 +34,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Environment with the wheel installed. It borrows the dependencies of the environment that runs the tests."""
     folder = tmp_path_factory.mktemp("venv")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=250)
     python = str(folder / "bin" / "python")
     install = ["install", "-q", "--no-index", "--no-deps", str(wheel)]
-    subprocess.run([*PIP, "--python", python, *install], check=True, timeout=120)
+    subprocess.run([*PIP, "--python", python, *install], check=True, timeout=250)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
     # A .pth file in the borrowed folder is not read, so an editable grbench there stays out of sight.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -70,7 +70,7 @@ def test_the_wheel_composes_outside_the_checkout(venv: Path, tmp_path: Path) -> 
     code = "import grbench.config.compose as c; print(c.CONFIG_DIR); print(c.compose_spec([])[0].engine.name)"
     python = str(venv / "bin" / "python")
     done = subprocess.run(
-        [python, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=without_checkout(), timeout=120
+        [python, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=without_checkout(), timeout=250
     )
     config_dir, engine = done.stdout.splitlines()
     assert Path(config_dir).is_relative_to(venv), done.stderr
@@ -90,7 +90,7 @@ def test_the_installed_command_measures_a_cell_in_an_empty_folder(venv: Path, tm
         text=True,
         cwd=tmp_path,
         env=without_checkout(),
-        timeout=120,
+        timeout=250,
     )
     assert done.returncode == 0, done.stderr + done.stdout
     [(_, record)] = list(records.find(tmp_path / "outputs"))
