@@ -16,13 +16,14 @@ from grengines.models.hstu.config import HSTUConfig
 from grengines.pipeline.config import PipelineConfig
 from grkernels.config import KernelConfig
 
-TOGETHER = 8192  # tokens of a batch: eager attention holds the scores of all pairs
+TOGETHER = 8192  # tokens and beams of a batch: eager attention holds the scores of all pairs
 
 
 def in_fp32(spec: RunSpec, actual: dict[str, Any]) -> RunSpec | None:
     """Return the same model in fp32, by eager kernels of the native engine, on the device of what ran.
 
     actual: what ran. The result is None if that is the same, and for a decoder, which the native engine does not have.
+    Its batches are as large as fits, because an eager batch launches as many kernels whatever its size.
     """
     if not isinstance(spec.model, HSTUConfig) or is_exact(actual):
         return None
@@ -30,7 +31,9 @@ def in_fp32(spec: RunSpec, actual: dict[str, Any]) -> RunSpec | None:
     engine = PipelineConfig(retrieve=native, rank=native) if spec.task == "recommend" else native
     levels = spec.retrieval.levels if spec.retrieval else 1
     longest = spec.workload.max_history * levels + spec.workload.num_candidates
-    scenario = replace(spec.scenario, max_batch=max(min(spec.scenario.max_batch, TOGETHER // longest), 1))
+    if spec.retrieval and levels > 1:
+        longest += spec.retrieval.beam_width
+    scenario = replace(spec.scenario, max_batch=max(TOGETHER // longest, 1))
     return replace(spec, engine=engine, kernel=KernelConfig(name="torch"), cache=CacheConfig(), scenario=scenario)
 
 

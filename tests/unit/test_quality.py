@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, log_loss, ndcg_score, roc_auc_score
 
+from grbench.config.compose import compose_spec
 from grbench.gate import quality
 from grbench.gate.rank import coarsest
 from grbench.quality import metrics, rankings
 from grbench.quality.command import _page
 from grbench.quality.evaluate import Evaluation
-from grbench.quality.exact import is_exact
+from grbench.quality.exact import in_fp32, is_exact
 from grbench.quality.labels import Labels, labels_of
 from grbench.quality.lists import Lists
 from grbench.quality.metrics import Estimate, Scored
@@ -41,6 +42,14 @@ def events_of(*histories: list[int], items: int = 10) -> Events:
         num_items=items,
         action_names=("rated",),
     )
+
+
+@pytest.mark.parametrize("words, size", [([], 8192 // (150 + 32 + 32)), (["retrieval.levels=1"], 8192 // (50 + 32))])
+def test_batches_of_the_model_in_fp32_are_as_large_as_fits(words: list[str], size: int) -> None:
+    """An eager batch launches as many kernels whatever its size, so batches of one would take many times as long."""
+    asked = ["engine=hstu", "task=generate", "scenario.max_batch=1", "workload.max_history=50", *words]
+    exact = in_fp32(compose_spec(asked)[0], {"engine": "onnxruntime", "device": "cpu"})
+    assert exact is not None and exact.scenario.max_batch == size
 
 
 def test_the_last_item_is_predicted_and_the_one_before_it_validates() -> None:
