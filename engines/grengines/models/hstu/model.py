@@ -339,7 +339,7 @@ class HSTURanker(nn.Module):
     def _pruned_layer(self, batch: JaggedBatch) -> int:
         """Return the layer that computes candidates alone: the last, or -1.
 
-        Where nearly all rows are candidates, the gathers and the separate products cost more than the rows they save.
+        Where all rows are candidates, gathers and separate products would save nothing; `LastLayer.HALF` has the rule.
         """
         prunes = self.computed.skips(batch.token_rows.shape[0], batch.candidate_rows.shape[0])
         return len(self.layers) - 1 if prunes else -1
