@@ -10,12 +10,14 @@ import math
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
+from google.protobuf.message import DecodeError
 
 from grbench import __version__
 from grbench.serve import describe
@@ -95,7 +97,7 @@ class Rpc:
         methods = {
             name: grpc.unary_unary_rpc_method_handler(
                 self._guarded(handler, open_to_all=name in ("ServerLive", "ServerReady")),
-                request_deserializer=classes[f"{name}Request"].FromString,
+                request_deserializer=partial(_parsed, classes[f"{name}Request"]),
                 response_serializer=classes[f"{name}Response"].SerializeToString,
             )
             for name, handler in handlers.items()
@@ -127,6 +129,8 @@ class Rpc:
             try:
                 if not open_to_all:
                     self._client_of(context)
+                if isinstance(request, DecodeError):
+                    raise invalid(f"message: {request}")
                 return await handler(request, context)
             except RefusedError as e:
                 if e.retry_after_s is not None:
@@ -205,6 +209,14 @@ class Rpc:
             response.outputs.add(name=name, datatype=NAMES[tensor.dtype], shape=tensor.shape)
             response.raw_output_contents.append(tensor.tobytes())
         return response
+
+
+def _parsed(kind: Any, data: bytes) -> Any:
+    """Return the message, or the error of one that is damaged: gRPC would log a traceback and blame the server."""
+    try:
+        return kind.FromString(data)
+    except DecodeError as e:
+        return e
 
 
 def _metadata(context: Any) -> dict[str, str]:

@@ -27,6 +27,7 @@ from grbench.serve.protocol import (
     Tensor,
     check_parameters,
     number_of,
+    shown,
     typed,
     unknown_model,
     wanted,
@@ -223,7 +224,9 @@ class Service:
         if model != self.model:
             raise unknown_model(model, self.model)
         if version not in ("", VERSION):
-            raise RefusedError(404, f"version {version} of model {model}: not served here; the version is {VERSION}")
+            raise RefusedError(
+                404, f"version {shown(version)} of model {model}: not served here; the version is {VERSION}"
+            )
         return self.present
 
     def _limit_s(self, parameters: Mapping[str, Any]) -> float:

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import grpc
 import numpy as np
 import pytest
 import yaml
@@ -44,6 +45,7 @@ from grbench.execution.records import Status
 from grbench.report.frame import read_cells
 from grbench.serve.load import as_run
 from grbench.serve.options import deployment_of
+from grbench.serve.rpc import SERVICE
 from grengines import registry
 from grengines.api import Catalogue, Setup, UnavailableError
 from grengines.hstu.engine import HSTUEngine
@@ -330,7 +332,8 @@ def test_other_models_and_versions_are_not_found(server: Serving) -> None:
 @pytest.mark.parametrize(
     "name, wrong, words",
     [("USER_IDS", np.array([-5]), "USER_IDS[0]=-5"), ("TOKENS", np.zeros(2, np.int64), "TOKENS.shape=[2]"),
-     ("x" * 20_000, np.zeros(2, np.int64), ".name: wrong; allowed is a string of at most 1024 characters")],
+     ("x" * 20_000, np.zeros(2, np.int64), ".name: wrong; allowed is a string of at most 1024 characters"),
+     ("two\nlines", np.zeros(2, np.int64), "two lines: ")],
 )  # fmt: skip
 def test_grpc_refuses_in_one_line(server: Serving, name: str, wrong: np.ndarray, words: str) -> None:
     tensors = {one["name"]: np.array(one["data"]) for one in base()} | {name: wrong}
@@ -339,6 +342,14 @@ def test_grpc_refuses_in_one_line(server: Serving, name: str, wrong: np.ndarray,
     with tritongrpc.InferenceServerClient(address) as client, pytest.raises(Exception) as refused:
         client.infer("hstu_tiny", inputs)
     assert words in str(refused.value) and "INVALID_ARGUMENT" in str(refused.value)
+
+
+def test_a_damaged_message_of_grpc_is_refused(server: Serving) -> None:
+    """The server is not to blame, and its log has no traceback."""
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel, pytest.raises(grpc.RpcError) as refused:
+        channel.unary_unary(f"/{SERVICE}/ModelInfer", None, None)(b"\xff")
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+    assert refused.value.details().startswith("message: ")  # type: ignore[attr-defined]
 
 
 def test_appended_events_are_ranked_like_sent_ones(server: Serving, trace: Any) -> None:
