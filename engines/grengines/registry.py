@@ -214,14 +214,26 @@ def _variant_mismatch(spec: EngineSpec, model: ModelOptions) -> str | None:
     )
 
 
-def auto_precision(name: str, on_gpu: bool) -> str:
-    """Return what engine.precision=auto is on a device. Raises ValueError for an unknown name."""
-    return get(name).auto_precision[0 if on_gpu else 1]
+def precision_of(options: PrecisionOptions, gpu: bool) -> str:
+    """Return the precision in which an engine with these options computes: for `auto`, that of the engine's row.
+
+    gpu: the engine can use a GPU here, and does unless its options name another device.
+    """
+    if options.precision != "auto":
+        return options.precision
+    device = getattr(options, "device", "auto")  # TensorRT runs on a GPU alone, and has no such option
+    return get(options.name).auto_precision[0 if device == "cuda" or (gpu and device == "auto") else 1]
 
 
-def precision_of(options: PrecisionOptions, on_gpu: bool) -> str:
-    """Return the precision that an engine's options ask for: for `auto`, that of the engine's row."""
-    return options.precision if options.precision != "auto" else auto_precision(options.name, on_gpu)
+def precisions_of(options: EngineOptions, gpu: bool, key: str = "engine") -> dict[str, str]:
+    """Return `precision_of` an engine, or of each of its stages, by the key of the option.
+
+    The result is {} for an engine that leaves the precision to a server.
+    """
+    if stages := get(options.name).stages:
+        parts = (precisions_of(getattr(options, stage), gpu, f"{key}.{stage}") for stage in stages)
+        return {name: precision for part in parts for name, precision in part.items()}
+    return {f"{key}.precision": precision_of(options, gpu)} if isinstance(options, PrecisionOptions) else {}
 
 
 def one_at_a_time(name: str) -> str | None:

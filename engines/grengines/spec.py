@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.last_layer import LastLayer
@@ -24,6 +24,7 @@ class EngineOptions(Protocol):
     name: str
 
 
+@runtime_checkable
 class PrecisionOptions(EngineOptions, Protocol):
     """Options of an engine that has a precision."""
 
@@ -64,7 +65,8 @@ class EngineSpec:
     # Time of its first start, as a multiple of that of `hstu`; about 4 if it exports or compiles the whole model. A
     # search assumes it until it has started the engine.
     start_cost: float = 1.0
-    auto_precision: tuple[str, str] = ("bf16", "fp32")  # what engine.precision=auto is: on a GPU, on a CPU
+    # What engine.precision=auto is: on a GPU, on a CPU. `registry.precision_of` reads it.
+    auto_precision: tuple[str, str] = ("bf16", "fp32")
     can_stand_in: bool = False  # other engines may name it in engine.fallback
     stages: Mapping[str, str] = field(default_factory=dict)  # its options that are another engine's: the task of each
 

@@ -39,27 +39,17 @@ def options_of_spec(spec: RunSpec) -> dict[str, Any]:
 
     Raises OSError for a file that can't be read.
     """
-    options = by_content(spec.to_dict(), spec.file_contents())
-    return options | {key: _precision_here(options, key) for key in _automatic(options)}
+    return by_content(spec.to_dict(), spec.file_contents()) | automatic(spec)
 
 
 def automatic(spec: RunSpec) -> dict[str, str]:
     """Return the precision here of each option that leaves it to the engine, by its key."""
-    options = by_content(spec.to_dict(), {})
-    return {key: _precision_here(options, key) for key in _automatic(options)}
+    options, here = by_content(spec.to_dict(), {}), registry.precisions_of(spec.engine, bool(visible_gpus()))
+    return {key: here[key] for key in _automatic(options)}
 
 
 def _automatic(options: Mapping[str, Any]) -> list[str]:
     return [key for key, value in options.items() if value == "auto" and key.endswith(".precision")]
-
-
-def _precision_here(options: Mapping[str, Any], key: str) -> str:
-    """Return what a precision `auto` is on this machine."""
-    engine = key.removesuffix(".precision")
-    device = options.get(f"{engine}.device", "auto")
-    on_gpu = device == "cuda" or (device == "auto" and bool(visible_gpus()))
-    name = options.get(engine) or options[f"{engine}.name"]  # a stage of a pipeline has the second
-    return registry.auto_precision(name, on_gpu)
 
 
 def with_losses(

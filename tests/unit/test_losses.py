@@ -211,6 +211,15 @@ def test_a_precision_auto_is_as_the_option_of_the_engine_says(
     assert losses.automatic(spec) == {"engine.precision": expected}
 
 
+@pytest.mark.parametrize(
+    "device, gpu, precision", [("cuda", False, "bf16"), ("cpu", True, "fp32"), ("auto", True, "bf16")]
+)
+def test_the_device_of_the_options_decides_what_auto_is(device: str, gpu: bool, precision: str) -> None:
+    spec, _ = compose_spec(["engine=hstu", f"engine.device={device}"])
+    assert registry.precisions_of(spec.engine, gpu) == {"engine.precision": precision}
+    assert registry.precisions_of(compose_spec(["engine=remote"])[0].engine, gpu) == {}
+
+
 @pytest.mark.parametrize("engine", ["hstu", "onnxruntime"])
 def test_an_engine_and_the_losses_read_auto_from_the_row_of_the_engine(
     monkeypatch: pytest.MonkeyPatch, engine: str

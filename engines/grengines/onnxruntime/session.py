@@ -36,7 +36,7 @@ def placement_of(options: OnnxRuntimeConfig) -> Placement:
             f"engine.device=cuda: {why}; use engine.device=cpu, or pip install onnxruntime-gpu on a machine with a GPU"
         )
     on_gpu = usable and options.device != "cpu"
-    precision = registry.precision_of(options, on_gpu)
+    precision = registry.precision_of(options, usable)
     if precision == "bf16" and not on_gpu:
         raise UnavailableError(
             "engine.precision=bf16: ONNX Runtime's CPU provider has no bf16 kernels; use fp32, fp16 or int8"

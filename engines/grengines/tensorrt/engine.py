@@ -50,7 +50,7 @@ class TensorRTEngine(RankingEngine):
                 "python -m grbench build-plan --out PLAN"
             )
         device = torch.device("cuda", torch.cuda.current_device())
-        super().__init__(setup, Placement(device, registry.precision_of(options, on_gpu=True)))
+        super().__init__(setup, Placement(device, registry.precision_of(options, gpu=True)))
         self._target = "{}.{}".format(*torch.cuda.get_device_capability(self._device))
         if reason := self._library.refusal(self._target):
             raise UnavailableError(f"{reason}; use engine=aoti here")
