@@ -200,7 +200,10 @@ class Cell:
 
         def watching(what: str) -> Callable[..., None]:
             title = f"measuring quality{what}"
-            self._say(title)
+            if self._step[0] == "quality":
+                self._say(title)
+            else:
+                self._begin("quality", title)
             return at_most_every(5.0, lambda done, total: self._say(f"{title}, {done:,} of {total:,} requests"))
 
         if self.spec.task == "rank":

@@ -19,18 +19,23 @@ from grbench.tune.probes import FEWEST
 from grbench.tune.trial import Goal, Trial, carried, cost
 from grbench.tune.worth import worst
 
+QUALITY = {"auc": "AUC", "ne": "normalised entropy", "hr10": "HR@10"}  # figures that an answer names
 FIRST_ANSWER = 8  # cells that a search takes for a first answer, about
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The winner and the outcome that speaks for it. certificate: None if it was not certified at all."""
+    """The winner and the outcome that speaks for it.
+
+    certificate: None if it was not certified at all. quality: what is known of that of trained weights, in words.
+    """
 
     knowledge: Knowledge
     trial: Trial
     step: int
     outcome: Outcome
     certificate: Certificate | None
+    quality: str = ""
 
     @property
     def rate(self) -> float:
@@ -90,7 +95,51 @@ def sentence(found: Answer) -> str:
     if found.knowledge.goal.objective == "cost":
         words += f", {_cost(found.step, found.outcome)} for 1000 requests"
     words += f" ({proof(found)})"
-    return ". ".join([words, *_others(found)]) + "."
+    return ". ".join([words, *([found.quality] if found.quality else []), *_others(found)]) + "."
+
+
+def quality(outcome: Outcome, against: str) -> str:
+    """Return the quality of an outcome in words: what the figures are, and what is lost of them.
+
+    against: what the losses are compared with. Of several tasks the one that loses most is named.
+    """
+    metrics, ends = outcome.metrics, outcome.intervals
+    had = [
+        f"{word} is {metrics[key]:.4g}{_interval(ends.get(key), 1, '')}"
+        for name, word in QUALITY.items()
+        if (key := f"quality/{name}") in metrics
+    ]
+    lost = sorted((words for name in QUALITY if (words := _loss(metrics, ends, name))), key=_is_nothing)
+    losses = [f"against {against} it loses {' and '.join(lost)}"] if lost else []
+    said = "; ".join(([f"its {', its '.join(had)}"] if had else []) + losses)
+    return said[:1].upper() + said[1:]
+
+
+def _is_nothing(loss: str) -> bool:
+    return loss.startswith("nothing")
+
+
+def _loss(metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float]], name: str) -> str:
+    """Return what is lost of a figure of quality in words: nothing, unless its interval proves it."""
+    tasks = "" if name == "hr10" else "([^/]+)/"
+    found = {match[1]: key for key in metrics if (match := re.fullmatch(f"quality/{tasks or '()'}{name}_loss", key))}
+    if not found:
+        return ""
+    task = max(found, key=lambda its: metrics[found[its]])
+    value, ends = metrics[found[task]], intervals.get(found[task])
+    what = QUALITY[name] + (f" of {task}" if task else "")
+    share = f"{_percent(value)}{_interval(ends, 100, '%')}"
+    if (ends[0] if ends else value) > 0:
+        return f"{share} of the {what}"
+    return f"nothing of the {what}{f' beyond the interval ({share})' if ends else ''}"
+
+
+def _interval(ends: Sequence[float] | None, scale: float, unit: str) -> str:
+    return f" [{', '.join(f'{round(scale * end, 3) + 0.0:.4g}{unit}' for end in ends)}]" if ends else ""
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share, 3) + 0.0:.4g}%"
 
 
 def proof(found: Answer) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from grbench import deployment
@@ -28,7 +29,7 @@ def write(found: Answer, declared: Declared, folder: Path) -> Path:
     """Write the winner into a folder. Returns the path.
 
     It has certified figures only if it was certified, else a comment that says why it was not. A comment also names the
-    rate that failed.
+    rate that failed, and what trained weights lose.
     """
     fixed = [word for word in declared.fixed if not _besides(word)]
     batching = [word for word in declared.fixed if word.startswith("scenario.")]
@@ -41,7 +42,7 @@ def write(found: Answer, declared: Declared, folder: Path) -> Path:
     for limit in declared.goal.limits:
         if limit.metric.startswith("latency_ms/"):
             limits[limit.metric.replace("/", ".", 1)] = limit.bound
-        elif limit.metric in ("quality/auc_loss", "quality/ne_loss"):
+        elif re.fullmatch(r"quality/\w+_loss", limit.metric):
             limits[f"{limit.metric.replace('/', '.', 1)}_pct"] = 100 * limit.bound
         elif limit.metric.startswith("gpu_memory_mib/"):
             limits["memory_gb"] = limit.bound * 2**20 / 1e9
@@ -49,6 +50,8 @@ def write(found: Answer, declared: Declared, folder: Path) -> Path:
     remarks = [] if found.certified else [f"The strategy is {answer.proof(found)}."]
     if found.trial.refuted:
         remarks.append(f"It failed its certification at {found.trial.refuted}.")
+    if found.quality:
+        remarks.append(f"{found.quality}.")
     own = None if declared.config_dir is None else str(Path(declared.config_dir).absolute())
     made = Deployment(deployment.VERSION, declared.task, limits, [strategy], config_dir=own)
     deployment.save(made, path, " ".join(remarks))
@@ -105,7 +108,7 @@ def _figures(found: Answer, folder: Path) -> Certified:
         for name in ("latency_ms/p50", "latency_ms/p99", "latency_ms/p99.9")
         if name in metrics
     }
-    names = {"auc": 1.0, "auc_loss": 100.0, "ne_loss": 100.0}
+    names = {"auc": 1.0, "auc_loss": 100.0, "ne_loss": 100.0, "hr10": 1.0, "hr10_loss": 100.0}
     quality = {
         f"{name}_pct" if name.endswith("loss") else name: scale * metrics[f"quality/{name}"]
         for name, scale in names.items()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ import numpy.typing as npt
 
 from grbench.config.compose import compose_spec
 from grbench.config.jobs import Job
-from grbench.config.schema import RunConfig, RunSpec, weights_of
+from grbench.config.schema import RunConfig, RunSpec
 from grbench.execution import records
 from grbench.execution.clock import SILENCE_S
 from grbench.execution.earlier import environment_difference
@@ -28,13 +27,12 @@ from grbench.report.work import EMULATED, emulated
 from grbench.tune import certification, rates
 from grbench.tune.certification import MOST
 from grbench.tune.config import RATES, Declared
-from grbench.tune.limits import LARGER
 from grbench.tune.outcome import UNJUDGED, BudgetSpentError, Configuration, Outcome, Probe, Wanted
 from grbench.tune.probes import OFFLINE
+from grbench.tune.quality import Qualities
 from grbench.tune.starts import FIRST_S, Starts
 from grbench.tune.worth import pooled, worst, worth_of_a_request
 from grbench.workloads.config import RecordedConfig
-from grengines.cache.config import stored
 
 BATCHING = ("max_batch", "max_wait_ms", "in_flight", "order")  # options that every scenario has
 AGAIN_S, OFFLINE_S = 3.0, 3.0  # of a cell beside its measurement with a kept engine, until measured; of an offline one
@@ -46,10 +44,9 @@ FIRST_SHARE, FIRST_SHORTEST_S = 0.2, 45.0
 GRACE = 0.05
 KNOWN_FAILURES = (Status.OOM, Status.INCORRECT, Status.UNAVAILABLE, Status.STOPPED)  # as good as a measurement
 PROBED_ANSWERS = 32  # of a probe that are compared with the reference; a run that certifies compares gate.measured
-ROUNDING = ("name", "precision", "kv_cache_precision")  # options of an engine that decide its answers
-LOSSY = "[fp16,bf16,int8,fp8]"
 VALID = "loadgen_valid"  # metric: LoadGen's verdict by the limit of the cell
 STARTED = "step_s/start"  # metric of a cell that built its engine
+EVALUATING = "step_s/quality"  # metric of a cell that evaluated trained weights
 Engine = tuple[Configuration, int]  # what probes of one engine have in common: configuration and seed
 
 
@@ -61,19 +58,21 @@ class LiveEvaluator:
         session: CellSession,
         declared: Declared,
         specs: Mapping[Configuration, RunSpec],
+        qualities: Qualities,
         root: Path | None,
         sweep: Path,
         say: Callable[[str], None],
     ) -> None:
-        """specs: of each configuration, a cell of the server scenario. root: of earlier records; None: take none.
+        """specs: of each configuration, a cell of the server scenario. qualities: of them; they learn from each cell.
 
-        sweep: folder of the cells. say: a line.
+        root: of earlier records; None: take none. sweep: folder of the cells. say: a line.
         """
         self._say = say
         self.places = max(len(session.parts), 1)
         self._machine = session.parts[0].machine if session.parts else {}
         self.grace = 0.0 if declared.budget.cells is not None else GRACE
         self._session, self._declared, self._specs, self._sweep = session, declared, specs, sweep
+        self._qualities = qualities
         self._begun = time.monotonic()
         self._cells = 0
         self._overheads: list[float] = []
@@ -81,19 +80,13 @@ class LiveEvaluator:
         self._search_s: list[float] = []  # of cells that do not certify
         self._starts = Starts(specs)
         self._warm: set[Engine] = set()  # engines that are kept
-        self._quality: dict[str, dict[str, float]] = {}
-        self._quality_ends: dict[str, dict[str, list[float]]] = {}  # their intervals
+        self._evaluations: list[float] = []  # seconds of those of trained weights
         self._measured: dict[tuple[Configuration, Probe], Outcome] = {}
         self._alike: dict[tuple[tuple[Path | None, ...], float], float] = {}  # by the folders and the percentile
         self._earlier = _by_strategy(root)
         self._usable: dict[Configuration, list[tuple[Path, RunRecord]]] = {}  # earlier records that count here
         self._certifying: dict[Configuration, list[tuple[Probe, Outcome]]] = {}  # earlier runs that certify
-        self._base = _quality_class(next(iter(specs.values())))  # of the default configuration
         limits = declared.goal.limits
-        self._limited = any(limit.metric.startswith("quality/") for limit in limits)
-        # Quality takes minutes on a CPU, and only a limit and objective=pareto, whose front has the loss, read it.
-        pareto = declared.goal.objective == "pareto" and declared.fixed_value("gate.quality_requests") is None
-        self._reads_quality = self._limited or pareto
         self._goodput = any(limit.metric == "goodput_rps" for limit in limits)
         self._bounds_ms = {limit.metric: limit.bound for limit in limits if limit.metric.startswith("latency_ms/")}
         self._widest_ms = max(self._bounds_ms.values(), default=0.0)
@@ -139,10 +132,16 @@ class LiveEvaluator:
             total += max(
                 (self._again_s if (configuration, probe.seed) in warm else self._start_s(configuration))
                 + (probe.requests / probe.rate if probe.rate else OFFLINE_S)
+                + self._evaluation_s(configuration, probe)
                 for configuration, probe in beside
             )
             warm = self._kept(beside)
         return total
+
+    def _evaluation_s(self, configuration: Configuration, probe: Probe) -> float:
+        """Return the seconds in which the cell of a probe evaluates trained weights; 0 until one was measured."""
+        evaluates = self._evaluations and self._qualities.evaluates(configuration, probe)
+        return statistics.median(self._evaluations) if evaluates else 0.0
 
     def _start_s(self, configuration: Configuration) -> float:
         return max(self._starts.expected_s(configuration), self._again_s)
@@ -184,7 +183,7 @@ class LiveEvaluator:
             self._measure(wanted)
 
     def evaluate(self, configuration: Configuration, probe: Probe) -> Outcome:
-        if self._loss_unknown(configuration):
+        if self._qualities.loss_unknown(configuration):
             return Outcome(UNJUDGED, error="its loss is unknown: the default configuration failed")
         self._measure([(configuration, probe)])
         return self._measured[configuration, probe]
@@ -219,13 +218,14 @@ class LiveEvaluator:
         for key in wanted:
             if (found := self._earlier_certifying(*key)) is not None:
                 self._measured.setdefault(key, found)
-        new = [key for key in dict.fromkeys(wanted) if key not in self._measured and not self._loss_unknown(key[0])]
+        unknown = self._qualities.loss_unknown
+        new = [key for key in dict.fromkeys(wanted) if key not in self._measured and not unknown(key[0])]
         jobs = []
         for number, (configuration, probe) in enumerate(new, len(self._measured)):
             spec, run, words = self._compose(configuration, probe)
             job = Job((spec, self._options(run, configuration, probe)), self._sweep / str(number), words)
             # A certification that has begun ends: the search has seen to it that there is room.
-            if self.left() <= 0 and not probe.seed and not self._session.has(job):
+            if self.left() <= 0 and not (probe.seed or probe.quality) and not self._session.has(job):
                 raise BudgetSpentError
             if not self._session.has(job):
                 self._announce(configuration, probe)
@@ -250,8 +250,9 @@ class LiveEvaluator:
                     self._search_s.append(seconds)
                 if record.ok:
                     tracked = after if self._cells > 1 else 0.0  # the first cell also imports what draws figures
-                    overhead = record.duration_s + tracked - record.metrics.get("duration_s", 0.0)
-                    self._overheads.append(max(overhead, 0.0))
+                    self._overheads.append(_beside(record) + tracked)
+                    if EVALUATING in record.metrics:
+                        self._evaluations.append(record.metrics[EVALUATING])
                     if STARTED in record.metrics:
                         self._starts.add(key[0], self._overheads[-1])
                     else:
@@ -262,13 +263,16 @@ class LiveEvaluator:
 
     def _announce(self, configuration: Configuration, probe: Probe) -> None:
         """Say which probe begins, if it takes so long that one wonders."""
-        if (seconds := self._seconds([(configuration, probe)])) > SILENCE_S:
+        if self._qualities.evaluates(configuration, probe):
+            now = time.strftime("%H:%M:%S")
+            self._say(f"{now} {configuration.name}: evaluates the weights, once for all loads and batches")
+        elif (seconds := self._seconds([(configuration, probe)])) > SILENCE_S:
             load = "offline" if probe.rate is None else f"{probe.rate:g} requests/s"
             what = f"{'certifying at ' if probe.seed else ''}{load}, {probe.requests:,} requests"
             self._say(f"{time.strftime('%H:%M:%S')} {configuration.name}: {what}: takes about {seconds:.0f} s")
 
     def known(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
-        if self._loss_unknown(configuration):  # for now: the default configuration may still be measured
+        if self._qualities.loss_unknown(configuration):  # for now: the default configuration may still be measured
             return []
         found: list[tuple[Probe, Outcome]] = []
         for folder, record in self._usable_records(configuration):
@@ -290,11 +294,10 @@ class LiveEvaluator:
             if record.status is Status.STOPPED and limit_ms < self._widest_ms:
                 continue
             if record.ok and STARTED in record.metrics:
-                self._starts.add(configuration, max(record.duration_s - record.metrics.get("duration_s", 0.0), 0.0))
-            outcome = self._outcome(configuration, folder, record, True, 0.0)
-            if self._lacks_quality(record, outcome):
+                self._starts.add(configuration, _beside(record))
+            if self._qualities.lacking(configuration, record):
                 continue
-            found.append((probe, outcome))
+            found.append((probe, self._outcome(configuration, folder, record, True, 0.0)))
         return sorted(found, key=lambda pair: (pair[0].rate is not None, pair[0].requests))
 
     def _asked_for(self, probe: Probe) -> bool:
@@ -306,7 +309,9 @@ class LiveEvaluator:
         """Return the earlier records of a configuration that this code on such a machine would make again."""
         if configuration not in self._usable:
             spec = self._specs[configuration]
-            earlier = self._earlier.get(_strategy(spec.to_dict(), spec.file_contents()), [])
+            values, files = spec.to_dict(), spec.file_contents()
+            offline = values | {"scenario": {**values["scenario"], "name": "offline"}}
+            earlier = [its for one in (values, offline) for its in self._earlier.get(_strategy(one, files), [])]
             here = describe_environment(spec.packages) | self._machine if earlier else {}
             self._usable[configuration] = [
                 (folder, record)
@@ -316,11 +321,12 @@ class LiveEvaluator:
                 and not environment_difference(record.environment, here)
             ]
             for _, record in self._usable[configuration]:  # one that lacks quality may come before one that has it
-                self._learn_quality(configuration, record)
+                self._qualities.learn(configuration, record)
+                self._evaluations += [record.metrics[EVALUATING]] if EVALUATING in record.metrics else []
         return self._usable[configuration]
 
     def certifying(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
-        if self._loss_unknown(configuration):
+        if self._qualities.loss_unknown(configuration):
             return []
         if configuration not in self._certifying:
             self._certifying[configuration] = list(self._find_certifying(configuration))
@@ -348,9 +354,9 @@ class LiveEvaluator:
                 continue  # fewer of its answers were compared with the reference
             if record.status is Status.STOPPED and judged_ms < self._widest_ms:
                 continue
-            outcome = self._outcome(configuration, folder, record, True, 0.0)
-            if self._lacks_quality(record, outcome):
+            if self._qualities.lacking(configuration, record):
                 continue
+            outcome = self._outcome(configuration, folder, record, True, 0.0)
             if judged_ms > limit_ms or (judged_ms < limit_ms and not outcome.metrics.get(VALID)):
                 outcome.metrics = {name: value for name, value in outcome.metrics.items() if name != VALID}
             yield probe, outcome
@@ -364,26 +370,14 @@ class LiveEvaluator:
         return None
 
     def quality(self, configuration: Configuration) -> Mapping[str, float]:
-        """Return the quality of the configurations that answer as this one.
+        return self._qualities.metrics(configuration)
 
-        A model or a search with other options is another model, which the record compares with its own reference only.
-        Its losses are those against the default configuration: none if that one has no quality.
-        """
-        found = self._quality.get(_quality_class(self._specs[configuration]), {})
-        if not self._another_model(configuration):
-            return found
-        own = {name: value for name, value in found.items() if not is_loss(name)}
-        return own | losses(own, self._quality.get(self._base, {}))
-
-    def _intervals(self, configuration: Configuration) -> dict[str, list[float]]:
-        """Return the intervals of `quality`. A loss against the default configuration has none."""
-        found = self._quality_ends.get(_quality_class(self._specs[configuration]), {})
-        another = self._another_model(configuration)
-        return {name: ends for name, ends in found.items() if not (another and is_loss(name))}
-
-    def _another_model(self, configuration: Configuration) -> bool:
-        """Return True if other answers are right than those of the default configuration."""
-        return _answers(_quality_class(self._specs[configuration])) != _answers(self._base)
+    def evaluate_quality(self, configuration: Configuration) -> Outcome | None:
+        """Evaluate trained weights, on an engine that is kept if there is one. None: the budget asks for no cell."""
+        if not self._total:
+            return None
+        seed = next((seed for kept, seed in self._warm if kept == configuration), 0)
+        return self.evaluate(configuration, Probe(None, OFFLINE, seed, quality=True))
 
     def words(self, configuration: Configuration, probe: Probe) -> list[str]:
         """Return the overrides of a probe's cell."""
@@ -405,12 +399,7 @@ class LiveEvaluator:
             words.append(f"seed={seed}")
         if (limit_ms := self._limit_ms(configuration, probe)) != self._specs[configuration].latency_limit_ms:
             words.append(f"latency_limit_ms={limit_ms!r}")
-        if declared.fixed_value("gate.quality_requests") is None and self._trained(configuration):
-            if self._limited and declared.fixed_value("gate.allow_loss") is None:
-                words.append(f"gate.allow_loss={LOSSY}")  # the limit decides
-            if not self._reads_quality or _quality_class(self._specs[configuration]) in self._quality:
-                words.append("gate.quality_requests=0")
-        return words
+        return words + self._qualities.words(configuration, probe)
 
     def _limit_ms(self, configuration: Configuration, probe: Probe) -> float:
         """Return `latency_limit_ms` of a probe's cell: the widest limit; of a run that certifies, what LoadGen judges.
@@ -421,23 +410,15 @@ class LiveEvaluator:
         typed = self._declared.fixed_value("latency_limit_ms") is not None
         return bound if bound and not typed else self._specs[configuration].latency_limit_ms
 
-    def _trained(self, configuration: Configuration) -> bool:
-        return None not in weights_of(self._specs[configuration]).values()
-
-    def _lacks_quality(self, record: RunRecord, outcome: Outcome) -> bool:
-        """Return True for an earlier measurement without the quality that the search reads: it is measured again."""
-        if not record.ok or any(name.startswith("quality/") for name in outcome.metrics):
-            return False
-        return self._limited or (self._reads_quality and record.spec["gate"]["quality_requests"] == 0)
-
     def _compose(self, configuration: Configuration, probe: Probe) -> tuple[RunSpec, RunConfig, tuple[str, ...]]:
         words = self.words(configuration, probe)
         spec, run = compose_spec(words, self._declared.config_dir)
         return spec, run, tuple(words)
 
     def _is_first(self, configuration: Configuration, probe: Probe) -> bool:
-        """Return True for an offline probe of another configuration than the default."""
-        return probe.rate is None and configuration != next(iter(self._specs))
+        """Return True for an offline probe of another configuration than the default, if it is most of all a start."""
+        evaluates = self._qualities.evaluates(configuration, probe)
+        return probe.rate is None and configuration != next(iter(self._specs)) and not evaluates
 
     def _options(self, run: RunConfig, configuration: Configuration, probe: Probe) -> RunConfig:
         """Return the options with a kept engine, and a time limit of a part of the budget, unless they are typed."""
@@ -468,29 +449,21 @@ class LiveEvaluator:
     def _outcome(
         self, configuration: Configuration, folder: Path, record: RunRecord, kept: bool, seconds: float
     ) -> Outcome:
-        self._learn_quality(configuration, record)
-        quality = self.quality(configuration)
+        self._qualities.learn(configuration, record)
         if record.ok and emulated(record):
             return Outcome(str(Status.UNAVAILABLE), error=EMULATED, seconds=seconds, kept=kept, folder=folder)
         rest = {name: value for name, value in record.metrics.items() if not name.startswith("quality/")}
         intervals = {name: ends for name, ends in record.intervals.items() if not name.startswith("quality/")}
         return Outcome(
             status=str(record.status),
-            metrics={**rest, **quality} if record.ok else {},
-            intervals=intervals | self._intervals(configuration),
+            metrics={**rest, **self.quality(configuration)} if record.ok else {},
+            intervals=intervals | self._qualities.intervals(configuration),
             error=record.error or "",
             batches=self._batches(folder) if record.ok and record.spec["scenario"]["name"] == "offline" else (),
             seconds=seconds,
             kept=kept,
             folder=folder,
         )
-
-    def _learn_quality(self, configuration: Configuration, record: RunRecord) -> None:
-        if found := quality_metrics(record):
-            alike = _quality_class(self._specs[configuration])
-            self._quality[alike] = found
-            ends = {name: its for name, its in record.intervals.items() if name.startswith("quality/")}
-            self._quality_ends[alike] = {as_limited(name): its for name, its in ends.items()}
 
     def _batches(self, folder: Path) -> list[tuple[int, float]]:
         """Return `batches_of` a cell; none where its samples are damaged, and a line that says so."""
@@ -502,47 +475,10 @@ class LiveEvaluator:
             self._say(f"{e}; until then the search does without the times of its batches")
             return []
 
-    def _loss_unknown(self, configuration: Configuration) -> bool:
-        """Return True if a limit asks for a loss against the default configuration, and that one has no quality."""
-        asked = any(is_loss(limit.metric) for limit in self._declared.goal.limits)
-        return asked and not self._quality.get(self._base) and self._another_model(configuration)
 
-
-def is_loss(name: str) -> bool:
-    """Return True for a figure of quality that is a loss against a reference."""
-    return name.startswith("quality/") and name.endswith("_loss")
-
-
-def as_limited(name: str) -> str:
-    """Return the name of a metric in a limit: a loss has it at the end."""
-    return re.sub("^quality/loss/(.*)", r"quality/\1_loss", name)
-
-
-def quality_metrics(record: RunRecord) -> dict[str, float]:
-    """Return the quality of a record as metrics: losses are those of the worst task, others the mean over tasks."""
-    quality = record.gate.get("quality") or {}
-    tasks: dict[str, dict[str, float]] = {
-        task: {name: value for name, value in values.items() if not name.endswith("_interval")}
-        for task, values in (quality.get("tasks") or {}).items()
-    }
-    found = {f"quality/{task}/{name}": value for task, values in tasks.items() for name, value in values.items()}
-    for name in dict.fromkeys(name for values in tasks.values() for name in values):
-        values = [task[name] for task in tasks.values() if name in task]
-        found[f"quality/{name}"] = max(values) if name.endswith("loss") else sum(values) / len(values)
-    figures = {as_limited(name): value for name, value in record.metrics.items() if name.startswith("quality/")}
-    return figures | {name: float(value) for name, value in found.items()}
-
-
-def losses(found: Mapping[str, float], base: Mapping[str, float]) -> dict[str, float]:
-    """Return what is lost of each figure of quality against the base, as shares of it."""
-    lost = {}
-    for name, value in found.items():
-        figure = name.rpartition("/")[2]
-        if LARGER.fullmatch(figure) and base.get(name):
-            lost[f"{name}_loss"] = 1 - value / base[name]
-        elif figure == "ne" and base.get(name):
-            lost[f"{name}_loss"] = value / base[name] - 1
-    return lost
+def _beside(record: RunRecord) -> float:
+    """Return the seconds of a cell beside its measurement and the evaluation of its weights."""
+    return max(record.duration_s - sum(record.metrics.get(name, 0.0) for name in ("duration_s", EVALUATING)), 0.0)
 
 
 def batches_of(folder: Path) -> list[tuple[int, float]]:
@@ -572,41 +508,18 @@ def latencies_of(folder: Path | None) -> npt.NDArray[np.float64]:
     return load_samples(folder).sort_values("arrival_s", kind="stable")["latency_ms"].to_numpy(np.float64)
 
 
-def _quality_class(spec: RunSpec) -> str:
-    """Return a key that is equal for cells whose answers are the same: load and batching play no part.
-
-    Nor do caches, but for the rounding of states in 8 bits.
-    """
-    engine = dataclasses.asdict(spec.engine)  # type: ignore[call-overload]
-    stages = {
-        name: {option: part.get(option) for option in ROUNDING}
-        for name, part in engine.items()
-        if isinstance(part, dict)
-    }
-    parts = {
-        "engine": {**{option: engine.get(option) for option in ROUNDING}, **stages},
-        "kernel": dataclasses.asdict(spec.kernel),
-        "model": dataclasses.asdict(spec.model),
-        "retrieval": dataclasses.asdict(spec.retrieval) if spec.retrieval else None,
-        "states": stored(spec.cache),
-        "workload": dataclasses.asdict(spec.workload),
-    }
-    return json.dumps(parts, sort_keys=True, default=str)
-
-
-def _answers(quality_class: str) -> str:
-    """Return the part of a quality class that says which answers are right: not the engine and the precisions."""
-    parts = json.loads(quality_class)
-    return json.dumps([parts[name] for name in ("model", "retrieval", "workload")])
-
-
 def _strategy(spec: dict[str, Any], files: Mapping[str, str]) -> str:
-    """Return a key that is equal for cells of one configuration under any load, seed and limit."""
+    """Return a key that is equal for cells of one configuration under any load, seed and limit; offline has its own.
+
+    Offline all requests are there at once, so that the time that a batch waits for more plays no part.
+    """
     values = json.loads(json.dumps(spec))
     for key in ("latency_limit_ms", "seed", "gate"):
         values.pop(key, None)
     scenario = values.pop("scenario")
     batching = {key: scenario.get(key) for key in BATCHING}
+    if scenario.get("name") == "offline":
+        batching["max_wait_ms"] = "offline"
     return json.dumps([values, batching, dict(files)], sort_keys=True)
 
 

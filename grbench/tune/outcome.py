@@ -56,12 +56,13 @@ def _word(key: str) -> str:
 class Probe:
     """One measurement of a configuration. `rate` in requests a second; None: offline, all requests at once.
 
-    seed: added to the run's own. It changes requests and arrivals.
+    seed: added to the run's own. It changes requests and arrivals. quality: evaluate trained weights, too.
     """
 
     rate: float | None
     requests: int
     seed: int = 0
+    quality: bool = False
 
 
 @dataclass

@@ -34,6 +34,7 @@ from grbench.tune.limits import Verdict
 from grbench.tune.live import LiveEvaluator
 from grbench.tune.outcome import BudgetSpentError, Configuration, Outcome, Probe, Wanted
 from grbench.tune.probes import FEWEST
+from grbench.tune.quality import Qualities
 from grbench.tune.search import Search
 from grbench.tune.space import Space
 from grbench.tune.surrogate import Surrogate
@@ -65,7 +66,10 @@ class TuneSession:
             require_writable(self.folder, f"runner.output_root={run.runner.output_root}", "set runner.output_root to")
             self._cells = CellSession(run, invocation, rare=True, gpus=gpus, alone=True)
         earlier = None if run.rerun else root
-        self._evaluator = LiveEvaluator(self._cells, declared, space.specs, earlier, self.folder, self._say)
+        self._qualities = Qualities(declared, space.specs)
+        self._evaluator = LiveEvaluator(
+            self._cells, declared, space.specs, self._qualities, earlier, self.folder, self._say
+        )
         batching = {
             configuration: Batching(spec.scenario.max_batch, spec.scenario.max_wait_ms / 1e3, spec.scenario.in_flight)
             for configuration, spec in space.specs.items()
@@ -78,6 +82,7 @@ class TuneSession:
             self._knowledge, space.configurations, self._evaluator, proposer, self._show, say=self._say
         )
         self._root = root
+        self._unevaluated = ""  # why the weights of what is certified could not be evaluated
 
     def run(self) -> int:
         """Search, certify and say what was found. Returns the exit code.
@@ -93,12 +98,14 @@ class TuneSession:
             self._announce()
             self._search.run()
             certificate = self._certify()
+            self._evaluate(certificate)
             found = answer.answer(self._knowledge, certificate)
             if found is not None:
                 self._measure_steps(found)
                 best = self._knowledge.incumbent
                 if certificate is None and best is not None and best is not found.trial:  # a step found a better one
                     certificate = self._certify()
+                    self._evaluate(certificate)
                     found = answer.answer(self._knowledge, certificate)
         except KeyboardInterrupt as e:
             cut_short, interrupt = "interrupted", e
@@ -107,7 +114,7 @@ class TuneSession:
         except ConfigError:
             self._cells.end(cut_short=True)
             raise
-        code = self._conclude(found, cut_short)
+        code = self._conclude(found and self._with_quality(found), cut_short)
         if interrupt is not None:
             raise interrupt
         return code
@@ -118,6 +125,27 @@ class TuneSession:
             self._knowledge.uncertified = "certify_runs=0 asks for no others"
             return None
         return self._search.certify()
+
+    def _evaluate(self, certificate: Certificate | None) -> None:
+        """Evaluate the weights of what is certified, unless a probe of the same answers has: its budget is no limit."""
+        if certificate is not None and self._qualities.due(certificate.trial.configuration):
+            self._unevaluated = "its evaluation was interrupted"  # until it has ended
+            outcome = self._evaluator.evaluate_quality(certificate.trial.configuration)
+            failed = "" if outcome is None or outcome.ok else f"{outcome.status}: {outcome.error}"
+            self._unevaluated = "the budget asks for no cell" if outcome is None else failed
+
+    def _with_quality(self, found: Answer) -> Answer:
+        """Return an answer with the quality of trained weights, among its figures and in words."""
+        known, configuration = self._qualities, found.trial.configuration
+        if not known.trained(configuration):
+            return found
+        if not (metrics := known.metrics(configuration)):
+            why = self._unevaluated or known.why_none(configuration)
+            return dataclasses.replace(found, quality=f"Its quality is unknown: {why}")
+        intervals = {**found.outcome.intervals, **known.intervals(configuration)}
+        outcome = dataclasses.replace(found.outcome, metrics={**found.outcome.metrics, **metrics}, intervals=intervals)
+        against = "the default configuration" if known.another_model(configuration) else "the same model in fp32"
+        return dataclasses.replace(found, outcome=outcome, quality=answer.quality(outcome, against))
 
     def _measure_steps(self, found: Answer) -> None:
         """Measure configurations one step from the winner while the budget lasts, so that each step has a cost."""

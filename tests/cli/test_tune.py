@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from helpers.beside import until
@@ -212,6 +213,46 @@ def test_a_certified_answer_is_certified_under_another_limit_without_measuring(
     again = grbench_here(*words, "latency_ms.p50=50000", "budget=0cells")
     assert again.returncode == 0 and "(certified: 1 run" in again.stdout, again.stderr
     assert len(list(records.find(tmp_path))) == count
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_a_certified_answer_has_the_quality_of_trained_weights(
+    grbench_here: Grbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One cell evaluates it: of bf16 the first probe, and of fp32 one after the certificate, on its engine."""
+    starts = np.random.default_rng(0).integers(24, size=60)
+    walks = [" ".join(map(str, [f"u{user}", *((start + np.arange(9)) % 24)])) for user, start in enumerate(starts)]
+    (tmp_path / "walks.txt").write_text("\n".join(walks))
+    small = ["model.layers=1", "model.embedding_dim=16", "model.tasks=[rated]", "workload=csv", "tracking=none"]
+    small += ["workload.path=walks.txt", "workload.max_history=12", "workload.num_candidates=6"]
+    train = ["training.epochs=1", "training.batch=8", "held_out=60", "out=ranker"]
+    assert (done := grbench_here("train", *small, *train)).returncode == 0, done.stderr
+    monkeypatch.setattr(certification, "CERTIFIED", 400)
+    words = [*small, "model.weights=ranker/weights.safetensors", "engine=hstu", "kernel=torch", "space=typed"]
+    words += ["scenario.max_batch=2,4", "probe_s=1", "objective=latency", "rate=400", "cache=none"]
+    for precision, runs in (("fp32", 1), ("bf16", 0)):
+        its = [
+            "tune",
+            *words,
+            f"engine.precision={precision}",
+            f"certify_runs={runs}",
+            f"runner.output_root={precision}",
+        ]
+        done = grbench_here(*its, f"budget={1 + 2 * runs}cells")
+        assert done.returncode == 0 and ("(certified: 1 run" in done.stdout) is bool(runs), done.stderr
+        said = r"\. (Its AUC is .* against the same model in fp32 it loses .* of the AUC of rated)"
+        known = re.search(said, done.stdout)
+        found = [record for _, record in records.find(tmp_path / precision)]
+        [evaluated] = [record for record in found if "step_s/quality" in record.metrics]
+        assert (evaluated.spec["scenario"]["name"] == "offline") is bool(runs)
+        assert evaluated.spec["seed"] == 101 * runs and ("step_s/start" in evaluated.metrics) is not bool(runs)
+        again = grbench_here(*its, "budget=0cells")
+        assert known is not None and known[1] in again.stdout, again.stderr
+        assert len(list(records.find(tmp_path / precision))) == len(found)
+        for file in (tmp_path / precision / "tune").glob("*/best.yaml"):
+            assert known[1] in file.read_text().replace("\n# ", " ")
+            certified = deployment.load(file).strategies[0].certified
+            assert not runs or (certified and {"auc", "auc_loss_pct", "ne_loss_pct"} <= certified.quality.keys())
 
 
 SEARCH = (*TINY, "scenario.max_batch=4", "engine.cpu_threads=1,2", "probe_s=1", "certify_runs=0")

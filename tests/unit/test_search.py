@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.checkout import ROOT
 from scipy.signal import lfilter
 
 from grbench import deployment
@@ -838,6 +840,40 @@ def test_a_search_that_goes_on_recommends_no_rate_that_failed_and_none_above_it(
             assert certificate is not None and rates.rate_of(certificate.step) <= 0.5 * CAPACITY[ALL[-1]]
 
 
+RANKED = {"quality/auc": 0.7957, "quality/auc_loss": 0.0014, "quality/liked/auc_loss": 0.0014}
+RANKED |= {"quality/rated/auc_loss": -0.001, "quality/popularity/rated/auc_loss": 0.5}
+LISTED = {"quality/hr10": 0.0996, "quality/hr10_loss": 0.001, "quality/popularity/hr10_loss": 0.5}
+
+
+@pytest.mark.parametrize(
+    "figures, ends, words",
+    [
+        (
+            RANKED,
+            {"quality/auc": [0.78, 0.81], "quality/liked/auc_loss": [0.001, 0.0019]},
+            "Its AUC is 0.7957 [0.78, 0.81]; against fp32 it loses 0.14% [0.1%, 0.19%] of the AUC of liked",
+        ),
+        (
+            RANKED | {"quality/ne": 0.85, "quality/liked/ne_loss": 0.00035},
+            {"quality/liked/auc_loss": [-0.001, 0.0019], "quality/liked/ne_loss": [0.0002, 0.0005]},
+            "Its AUC is 0.7957, its normalised entropy is 0.85; against fp32 it loses 0.035% [0.02%, 0.05%] of the "
+            "normalised entropy of liked and nothing of the AUC of liked beyond the interval (0.14% [-0.1%, 0.19%])",
+        ),
+        (
+            LISTED,
+            {"quality/hr10_loss": [-0.02, 0.03]},
+            "Its HR@10 is 0.0996; against fp32 it loses nothing of the HR@10 beyond the interval (0.1% [-2%, 3%])",
+        ),
+        (LISTED, {}, "Its HR@10 is 0.0996; against fp32 it loses 0.1% of the HR@10"),
+        ({"quality/hr10": 0.0996}, {}, "Its HR@10 is 0.0996"),
+    ],
+)
+def test_an_answer_says_what_is_lost_of_trained_weights(
+    figures: dict[str, float], ends: dict[str, list[float]], words: str
+) -> None:
+    assert answer.quality(Outcome("OK", figures, ends), "fp32") == words
+
+
 def test_the_rate_that_failed_is_named_beside_the_best_and_in_the_deployment(tmp_path: Path) -> None:
     first = Capacities({ALL[0]: 100.0}, worse={101: 0.9, 102: 0.9})
     search = Knowledge(Goal("throughput", (P99,)), BATCHING)
@@ -991,6 +1027,50 @@ def test_where_the_best_fails_the_next_best_are_probed_at_a_rate_and_certified(
         assert answered.startswith(f"No rate of {ranked[0].name} is proven")
     else:
         assert answered.startswith(f"Take {ranked[failing].name}: ") and "(certified: 2 runs" in answered
+
+
+def cut_short() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "evaluated, why",
+    [
+        (cut_short, "its evaluation was interrupted"),
+        (lambda: Outcome("TIMEOUT", error="as planned"), "TIMEOUT: as planned"),
+        (lambda: None, "the budget asks for no cell"),
+    ],
+)
+def test_a_certificate_stands_where_its_weights_were_not_evaluated(
+    evaluated: Callable[[], Outcome | None],
+    why: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = ROOT / "experiments" / "weights" / "ml_100k" / "ranker" / "weights.safetensors"
+    words = [f"model.weights={weights}", "model.tasks=[rated,liked]", "engine.precision=fp32"]
+    words += ["engine=hstu", "space=typed", "scenario.max_batch=4,8", "tracking=none"]
+    declared = config.declare([*words, "latency_ms.p99=80", "budget=60cells"])
+    built = space.build(declared.axes, declared.typed, declared.fixed)
+    evaluator = InSession(dict.fromkeys(built.configurations, 100.0), 60)
+    asked: list[Configuration] = []
+
+    def evaluate_quality(configuration: Configuration) -> Outcome | None:
+        asked.append(configuration)
+        return evaluated()
+
+    evaluator.evaluate_quality = evaluate_quality  # type: ignore[attr-defined]
+    monkeypatch.setattr(session, "LiveEvaluator", lambda *given: evaluator)
+    with contextlib.suppress(KeyboardInterrupt):
+        session.TuneSession(declared, built, words).run()
+    said = capsys.readouterr().out
+    assert len(asked) == 1 and said.startswith(f"Take {asked[0].name}: ") and "(certified: 2 runs" in said
+    assert f". Its quality is unknown: {why}." in said
+    [file] = tmp_path.glob("outputs/tune/*/best.yaml")
+    assert deployment.load(file).strategies[0].certified is not None
+    assert f"# Its quality is unknown: {why}." in file.read_text()
 
 
 @pytest.mark.parametrize("certified", [True, False])

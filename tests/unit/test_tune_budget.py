@@ -27,6 +27,7 @@ from grbench.tune.certification import Certificate, certify
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.live import LiveEvaluator
 from grbench.tune.outcome import Configuration
+from grbench.tune.quality import Qualities
 from grbench.tune.search import Search
 from grbench.tune.space import Space
 from grbench.tune.starts import FIRST_S, Starts
@@ -218,7 +219,9 @@ def searched(
     declared = config.declare([*words, f"budget={minutes}min"])
     lines: list[str] = []
     session = cast(CellSession, machine)
-    evaluator = LiveEvaluator(session, declared, built.specs, folder, folder / "sweep", lines.append)
+    evaluator = LiveEvaluator(
+        session, declared, built.specs, Qualities(declared, built.specs), folder, folder / "sweep", lines.append
+    )
     knowledge = Knowledge(declared.goal, {c: Batching(spec.scenario.max_batch) for c, spec in built.specs.items()})
     proposer = Surrogate(built.configurations, built.axes)
     Search(knowledge, built.configurations, evaluator, proposer, say=lines.append).run()

@@ -23,10 +23,11 @@ from grbench.execution.records import Status
 from grbench.execution.session import CellSession
 from grbench.execution.session import Measured as Cell
 from grbench.report.frame import load_samples
-from grbench.tune import config, limits, live, rates
+from grbench.tune import config, limits, live, quality, rates
 from grbench.tune.certification import MOST
 from grbench.tune.live import LiveEvaluator
 from grbench.tune.outcome import Configuration, Outcome, Probe
+from grbench.tune.quality import Qualities
 from grbench.tune.starts import FIRST_S
 from grkernels import fp8
 
@@ -78,7 +79,7 @@ def evaluator(
     session: object,
     root: Path,
     *words: str,
-    quality: bool = False,
+    auc_loss: bool = False,
     configurations: Sequence[Configuration] = WINDOWS,
     say: Callable[[str], None] = print,
 ) -> LiveEvaluator:
@@ -86,7 +87,7 @@ def evaluator(
     task = [] if any(word.startswith("task=") for word in words) else ["task=rank"]
     fixed = [*task, "engine=hstu", *(word for word in words if word not in bounds)]
     declared = config.declare([*fixed, *bounds, "space=typed", "engine.cpu_threads=1,2"])
-    if quality:
+    if auc_loss:
         asked = (*declared.goal.limits, limits.parse("quality.auc_loss", "0.1%"))
         declared = dataclasses.replace(declared, goal=dataclasses.replace(declared.goal, limits=asked))
     scenario = f"scenario={declared.scenario}"
@@ -94,12 +95,13 @@ def evaluator(
         c: compose_spec([*declared.fixed, *c.words, *([] if scenario in declared.fixed else [scenario])])[0]
         for c in configurations
     }
-    return LiveEvaluator(cast(CellSession, session), declared, specs, root, root / "sweep", say)
+    qualities = Qualities(declared, specs)
+    return LiveEvaluator(cast(CellSession, session), declared, specs, qualities, root, root / "sweep", say)
 
 
 def test_another_model_is_not_judged_by_its_own_reference_where_the_default_failed(tmp_path: Path) -> None:
     found = {0: (Status.OOM, 0.0, 0.0), 64: (Status.OK, 0.60, 0.0001)}
-    measures = evaluator(Measured(tmp_path, found), tmp_path / "none", quality=True)
+    measures = evaluator(Measured(tmp_path, found), tmp_path / "none", auc_loss=True)
     assert measures.evaluate(DEFAULT, OFFLINE).status == "OOM"
     outcome = measures.evaluate(WINDOW, OFFLINE)
     assert not outcome.ok and outcome.error == "its loss is unknown: the default configuration failed"
@@ -331,7 +333,7 @@ def test_a_cell_with_emulated_products_is_no_answer_of_a_search(tmp_path: Path) 
 
 def test_the_loss_of_another_model_is_against_the_default(tmp_path: Path) -> None:
     found = {0: (Status.OK, 0.75, 0.0), 64: (Status.OK, 0.60, 0.0001)}
-    measures = evaluator(Measured(tmp_path, found), tmp_path / "none", quality=True)
+    measures = evaluator(Measured(tmp_path, found), tmp_path / "none", auc_loss=True)
     assert measures.evaluate(DEFAULT, OFFLINE).metrics["quality/auc_loss"] == 0.0
     outcome = measures.evaluate(WINDOW, OFFLINE)
     assert outcome.ok and outcome.metrics["quality/auc_loss"] == pytest.approx(0.2)
@@ -377,7 +379,7 @@ def test_quality_is_asked_again_only_where_the_answers_differ(tmp_path: Path, op
     base, other = Configuration((("cache.policy", "lru"),)), Configuration(((key, value),))
     words = ["cache=lru", f"model.weights={WEIGHTS}", "model.tasks=[rated,liked]"]
     measured = Measured(tmp_path, {0: (Status.OK, 0.75, 0.0)})
-    measures = evaluator(measured, tmp_path / "none", *words, quality=True, configurations=[base, other])
+    measures = evaluator(measured, tmp_path / "none", *words, auc_loss=True, configurations=[base, other])
     assert NO_QUALITY not in measures.words(base, OFFLINE)
     assert measures.evaluate(base, OFFLINE).ok
     assert NO_QUALITY in measures.words(base, OFFLINE)
@@ -386,6 +388,7 @@ def test_quality_is_asked_again_only_where_the_answers_differ(tmp_path: Path, op
 
 RANKER = [f"model.weights={WEIGHTS}"]
 GENERATOR = ["task=generate", f"retrieval.weights={WEIGHTS}"]  # no file is read
+RECOMMENDER = [*RANKER, *GENERATOR, "task=recommend", "engine=pipeline"]
 
 
 @pytest.mark.parametrize(
@@ -395,18 +398,116 @@ GENERATOR = ["task=generate", f"retrieval.weights={WEIGHTS}"]  # no file is read
         ([*RANKER, "quality.auc=0.7"], True),
         ([*RANKER, "objective=pareto"], True),
         ([*RANKER, "gate.quality_requests=9"], True),
+        ([*RANKER, "engine.precision=bf16"], True),
+        ([*RANKER, "engine.precision=bf16", "gate.quality_requests=0"], False),
+        ([*RANKER, "engine=onnxruntime", "engine.precision=int8"], True),
+        ([*RANKER, "kernel=fp8"], True),
+        ([*RANKER, "cache=lru"], False),
+        ([*RANKER, "cache=lru", "cache.precision=int8"], True),
         (GENERATOR, False),
         ([*GENERATOR, "quality.hr10=0.01"], True),
+        ([*GENERATOR, "engine=vllm", "engine.kv_cache_precision=fp8"], True),
+        (RECOMMENDER, False),
+        ([*RECOMMENDER, "engine.retrieve.precision=bf16"], True),
     ],
 )
-def test_quality_is_asked_only_where_the_search_reads_it(tmp_path: Path, words: list[str], asked: bool) -> None:
-    """It takes minutes on a CPU."""
-    [default] = configurations = [Configuration((("engine.cpu_threads", "1"),))]
+def test_quality_is_asked_only_where_it_is_read_or_may_be_lost(tmp_path: Path, words: list[str], asked: bool) -> None:
+    """It takes minutes on a CPU. Nothing is cut for a loss: a limit decides."""
+    [default] = configurations = [Configuration((("scenario.max_batch", "1"),))]
     measures = evaluator(Measured(tmp_path, {}), tmp_path / "none", *words, configurations=configurations)
     for probe in (OFFLINE, SERVER, dataclasses.replace(SERVER, seed=101)):
         typed = measures.words(default, probe)
-        assert (NO_QUALITY not in typed) is asked
-        assert (f"gate.allow_loss={live.LOSSY}" in typed) is any(word.startswith("quality.") for word in words)
+        assert (NO_QUALITY not in typed and "gate.quality_requests=0" not in words) is asked
+        assert f"gate.allow_loss={quality.LOSSY}" in typed
+
+
+@pytest.mark.parametrize(
+    "words, asked",
+    [
+        ([], True),
+        (["engine.precision=fp32"], False),
+        (["engine.device=cpu"], False),
+        (["engine=tensorrt"], True),
+        (["engine=onnxruntime", "engine.device=cpu"], False),
+    ],
+)
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_auto_is_on_this_device_decides_whether_quality_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], asked: bool, gpu: bool
+) -> None:
+    monkeypatch.setattr(quality, "visible_gpus", lambda: ["0"] if gpu else [])
+    [default] = configurations = [Configuration((("scenario.max_batch", "1"),))]
+    measures = evaluator(Measured(tmp_path, {}), tmp_path / "none", *RANKER, *words, configurations=configurations)
+    always = "engine=tensorrt" in words  # it has no other device
+    assert (NO_QUALITY not in measures.words(default, OFFLINE)) is (always or (asked and gpu))
+
+
+@pytest.mark.parametrize("asked, seed", [([], 102), (["runner.keep_engine=false"], 0)])
+def test_what_is_certified_is_evaluated_once_beyond_the_budget_on_the_engine_that_is_kept(
+    tmp_path: Path, asked: list[str], seed: int
+) -> None:
+    jobs: list[Job] = []
+
+    class Noted(Repeated):
+        def measure(self, more: Sequence[Job]) -> list[Cell]:
+            jobs.extend(more)
+            return super().measure(more)
+
+    default, other = kernels = [Configuration((("kernel", name),)) for name in ("auto", "torch")]
+    session = Noted(tmp_path, {0: (Status.OK, 0.75, 0.0)})
+    words = [*RANKER, "model.tasks=[rated,liked]", "budget=1cells", *asked]
+    measures = evaluator(session, tmp_path / "none", *words, configurations=kernels)
+    measures._qualities.learn = lambda *given: None  # type: ignore[method-assign]  # `Measured` has it in each record
+    assert measures.evaluate(other, Probe(100.0, 10_000, 102)).ok and NO_QUALITY in jobs[0].overrides
+    del measures._qualities.learn
+    found = measures.evaluate_quality(other)
+    assert found is not None and found.metrics["quality/auc"] == 0.75
+    spec = jobs[1].config[0]
+    assert (spec.scenario.name, spec.seed, spec.gate.quality_requests > 0) == ("offline", seed, True)
+    assert not measures._qualities.due(other) and measures._qualities.due(default)
+    none = evaluator(session, tmp_path / "none", *words, "budget=0cells", configurations=kernels)
+    assert none.evaluate_quality(default) is None
+    out = evaluator(session, tmp_path / "none", *words, "gate.quality_requests=0", configurations=kernels)
+    assert not out._qualities.due(default) and len(jobs) == 2
+
+
+def test_the_seconds_of_an_evaluation_are_no_start(tmp_path: Path) -> None:
+    """It is announced, and has the time of a whole cell."""
+    lines: list[str] = []
+    default, other = kernels = [Configuration((("kernel", name),)) for name in ("auto", "torch")]
+    words = [*RANKER, "model.tasks=[rated,liked]", "engine.precision=bf16", "budget=300s"]
+    session = Measured(tmp_path, {0: (Status.OK, 0.75, 0.0)})
+    measures = evaluator(session, tmp_path / "none", *words, configurations=kernels, say=lines.append)
+    cell = session.measure
+
+    def evaluated(jobs: Sequence[Job]) -> list[Cell]:
+        [(_, record, _)] = found = cell(jobs)
+        record.duration_s, record.metrics[live.EVALUATING], record.metrics[live.STARTED] = 100.0, 80.0, 5.0
+        return found
+
+    session.measure = evaluated  # type: ignore[method-assign]
+    before = measures.share([(other, OFFLINE)])
+    measures.evaluate(default, OFFLINE)
+    assert "evaluates the weights, once for all loads and batches" in lines[0]
+    expected = (100.0 + live.OFFLINE_S) / 300.0
+    assert measures.share([(other, OFFLINE)]) == pytest.approx(expected, rel=0.02) and before < expected
+    assert measures.share([(default, OFFLINE)]) < 0.1
+    _, run, _ = measures._compose(other, OFFLINE)
+    assert measures._options(run, other, OFFLINE).runner.timeout_s == 150.0
+
+
+def test_a_window_is_compared_with_the_default_without_a_limit(tmp_path: Path) -> None:
+    """Both are evaluated, once each; what answers as the default does needs nothing."""
+    kernels = [Configuration((("kernel", name),)) for name in ("auto", "torch")]
+    windows = [Configuration((*kernel.values, ("model.max_attn_len", "64"))) for kernel in kernels]
+    measured = Measured(tmp_path, {0: (Status.OK, 0.75, 0.0), 64: (Status.OK, 0.60, 0.0)})
+    words = [*RANKER, "model.tasks=[rated,liked]"]
+    measures = evaluator(measured, tmp_path / "none", *words, configurations=[*kernels, *windows])
+    asked = [NO_QUALITY not in measures.words(its, OFFLINE) for its in (*kernels, *windows)]
+    assert asked == [True, False, True, True]
+    assert measures.evaluate(kernels[0], OFFLINE).ok
+    assert measures.evaluate(windows[0], OFFLINE).metrics["quality/auc_loss"] == pytest.approx(0.2)
+    assert NO_QUALITY in measures.words(kernels[0], SERVER) and NO_QUALITY in measures.words(windows[0], SERVER)
 
 
 @pytest.mark.parametrize(
@@ -446,26 +547,36 @@ def keep(folder: Path, words: list[str], status: Status = Status.OK, **metrics: 
 @pytest.mark.parametrize("read", [["quality.auc_loss=0.1%"], ["objective=pareto"]])
 def test_records_without_quality_are_taken_over_only_where_it_is_not_read(tmp_path: Path, read: list[str]) -> None:
     """All count once one that answers the same has it."""
+    default, other = kernels = [Configuration((("kernel", name),)) for name in ("auto", "torch")]
     words = [f"model.weights={WEIGHTS}", "model.tasks=[rated,liked]"]
-    first = evaluator(Measured(tmp_path, {}), tmp_path, *words)
+    first = evaluator(Measured(tmp_path, {}), tmp_path, *words, configurations=kernels)
     sure = Probe(100.0, 12_000, 101)
     for name, probe in (("1", SERVER), ("2", sure)):
-        keep(tmp_path / name, first.words(WINDOW, probe))
+        keep(tmp_path / name, first.words(other, probe))
 
     def known(*more: str) -> list[int]:
-        measures = evaluator(Measured(tmp_path, {}), tmp_path, *words, *more)
-        return [len(measures.known(WINDOW)), len(measures.certifying(WINDOW))]
+        measures = evaluator(Measured(tmp_path, {}), tmp_path, *words, *more, configurations=kernels)
+        return [len(measures.known(other)), len(measures.certifying(other))]
 
     assert known() == [1, 1] and known(*read) == [0, 0]
-    later = evaluator(Measured(tmp_path, {}), tmp_path, *words, *read)
+    later = evaluator(Measured(tmp_path, {}), tmp_path, *words, *read, configurations=kernels)
     figures = {"quality/auc": 0.7, "quality/loss/auc": 0.0}
-    keep(tmp_path / "3", later.words(DEFAULT, SERVER), **figures)
-    keep(tmp_path / "4", later.words(WINDOW, SERVER), **figures)
+    keep(tmp_path / "3", later.words(default, SERVER), **figures)
+    keep(tmp_path / "4", later.words(other, SERVER), **figures)
     assert known() == [2, 1]  # those with quality too
-    measures = evaluator(Measured(tmp_path, {}), tmp_path, *words, *read)
-    assert len(measures.known(DEFAULT)) == 1
-    assert [len(measures.known(WINDOW)), len(measures.certifying(WINDOW))] == [2, 1]
-    assert NO_QUALITY in measures.words(WINDOW, SERVER)
+    measures = evaluator(Measured(tmp_path, {}), tmp_path, *words, *read, configurations=kernels)
+    assert len(measures.known(default)) == 1
+    assert [len(measures.known(other)), len(measures.certifying(other))] == [2, 1]
+    assert NO_QUALITY in measures.words(other, SERVER)
+
+
+@pytest.mark.parametrize("typed", [[], ["scenario.max_wait_ms=4"]])
+def test_offline_probes_of_earlier_searches_are_taken_over(tmp_path: Path, typed: list[str]) -> None:
+    """The default of the longest wait of a batch differs between the scenarios."""
+    first = evaluator(Measured(tmp_path, {}), tmp_path, *typed)
+    keep(tmp_path / "cell", first.words(DEFAULT, OFFLINE))
+    later = evaluator(Measured(tmp_path, {}), tmp_path, *typed)
+    assert [probe for probe, _ in later.known(DEFAULT)] == [OFFLINE] and not later.known(WINDOW)
 
 
 @pytest.mark.parametrize("certifies", [False, True])
@@ -519,5 +630,5 @@ def test_a_run_that_certified_under_another_limit_is_not_measured_again(
 def test_pages_of_vllm_in_8_bits_have_other_answers() -> None:
     """The load plays no part."""
     words = ([], ["scenario.max_batch=3"], ["engine.kv_cache_precision=int8"], ["engine.kv_cache_precision=fp8"])
-    usual, other_load, *eight = (live._quality_class(compose_spec(["engine=vllm", *its])[0]) for its in words)
+    usual, other_load, *eight = (quality.alike(compose_spec(["engine=vllm", *its])[0]) for its in words)
     assert usual == other_load and len({usual, *eight}) == 3
