@@ -456,11 +456,20 @@ def test_changed_launches_are_measured_beside_the_variant(
 
 
 def test_ctrl_c_keeps_the_shapes_that_are_done(tmp_path: Path) -> None:
-    words = ["kernels", "families=[interaction]", "variants=[torch]", "dtype=fp32", "device=cpu", "repeats=100"]
+    """The signal comes in the second shape, which takes until then."""
+    words = ["kernels", "families=[interaction]", "variants=[torch]", "dtype=fp32", "device=cpu", "repeats=10"]
     words += ["shapes=[2048x4x512,4096x27x64]", "tracking=none"]
+    timed: list[Any] = []
+
+    def times(*given: Any, **options: Any) -> Any:
+        timed.append(given)
+        if len(timed) == 2:
+            time.sleep(600)
+        return interleaved(*given, **options)
 
     def bench_kernels() -> None:
         pytest.MonkeyPatch().setattr(kernelbench, "ceilings", lambda *_: ROOFS)
+        pytest.MonkeyPatch().setattr(kernelbench, "interleaved", times)
         os.chdir(tmp_path)
         sys.argv = ["grbench"]
         sys.exit(main(words))
