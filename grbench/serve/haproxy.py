@@ -1,8 +1,8 @@
 """HAProxy before the replicas of a server: its configuration, and the process.
 
-HAProxy chooses the replica of a call, by the user's header (consistent hashing with bounded load), so that a user comes
-back to the replica that holds their state. It checks each replica's health, and tries a call again elsewhere if a
-replica is lost. Nothing of this is done here.
+HAProxy chooses the replica of a call, by the user's header or parameter of the URL (consistent hashing with bounded
+load), so that a user comes back to the replica that holds their state. It checks each replica's health, and tries a
+call again elsewhere if a replica is lost. Nothing of this is done here.
 """
 
 from __future__ import annotations

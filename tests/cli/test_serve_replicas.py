@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+import tritonclient.http as tritonhttp
 import yaml
 from helpers.command import Grbench
 from helpers.properties import PROFILE
@@ -166,6 +167,22 @@ def test_a_user_stays_and_few_move_when_a_replica_joins(tmp_path: Path, named: l
 
 
 @needs_haproxy
+def test_a_user_may_be_named_in_the_url(tmp_path: Path, named: list[Address]) -> None:
+    """The header counts where both are there, and an empty name is none."""
+    with proxied(tmp_path, named) as (_, config):
+        by_header = placed(config)
+        connection = http.client.HTTPConnection("127.0.0.1", config.port, timeout=20)
+        for path, headers, place in (
+            *((f"/?a=b&x-user-id={user}", {}, by_header[user][0]) for user in range(40)),
+            *((f"/?x-user-id={user + 1}", {"x-user-id": str(user)}, by_header[user][0]) for user in range(20)),
+            *(("/?x-user-id=", {}, "") for _ in range(3)),
+        ):
+            connection.request("POST", path, b"x", headers)
+            server, before = connection.getresponse().read().decode().split()
+            assert server == (place or server) and (before == "None") is (place == "")
+
+
+@needs_haproxy
 def test_a_call_without_a_user_goes_to_the_replica_with_the_fewest_calls(tmp_path: Path, named: list[Address]) -> None:
     with proxied(tmp_path, named[:2]) as (_, config), contextlib.ExitStack() as stack:
 
@@ -224,6 +241,8 @@ def test_users_of_a_lost_replica_are_answered_and_come_back(tmp_path: Path) -> N
         _rank_by_grpc(over_grpc, requests[0])
         assert routed("owner", first, second) == before + 1  # a user's replica is the same by HTTP and gRPC
         over_grpc.close()
+        _rank_by_http(config.port, requests[0])
+        assert routed("owner", first, second) == before + 2
         lost.close()  # while HAProxy still holds connections to it
         for found, known in zip(answers(), expected, strict=True):
             np.testing.assert_allclose(found, known, rtol=1e-5, atol=1e-6)
@@ -526,6 +545,15 @@ def _rank_by_grpc(client: triton.InferenceServerClient, request: Any) -> None:
         inputs.append(triton.InferInput(name, list(tensor.shape), "FP32" if tensor.dtype == np.float32 else "INT64"))
         inputs[-1].set_data_from_numpy(tensor)
     client.infer("hstu_tiny", inputs, headers={"x-user-id": str(request.user_id)})
+
+
+def _rank_by_http(port: int, request: Any) -> None:
+    inputs = []
+    for name, tensor in tensors_of([request]).items():
+        kind = "FP32" if tensor.dtype == np.float32 else "INT64"
+        inputs.append(tritonhttp.InferInput(name, list(tensor.shape), kind).set_data_from_numpy(tensor))
+    with tritonhttp.InferenceServerClient(f"127.0.0.1:{port}") as client:
+        client.infer("hstu_tiny", inputs, query_params={"x-user-id": str(request.user_id)})
 
 
 def _listens_at(port: int) -> int:
