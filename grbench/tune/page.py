@@ -64,14 +64,7 @@ def blocks(knowledge: Knowledge, found: Answer | None, declared: Declared, space
             _steps(rows),
         ]
     content += [Heading("Configurations"), _all(knowledge)]
-    if pairs := answer.correlations(knowledge):
-        words = [
-            f"{name}: {value:.2f} over {number} pairs of configurations"
-            if number
-            else f"{name}: no pair is in an order"
-            for name, number, value in pairs
-        ]
-        content += [Heading("Rank correlation with what probes at rates found"), Bullets(words)]
+    content += _correlations(knowledge)
     if found and found.certificate and found.certificate.failures:
         content += [Heading("Better, but not certified"), Bullets(found.certificate.failures)]
     if knowledge.left_out:
@@ -93,11 +86,21 @@ def summary(knowledge: Knowledge, found: Answer | None) -> str:
     content += [Heading("Pareto front"), front_table(knowledge)]
     if rows := answer.neighbours(found):
         content += [Heading("One step from the winner"), _steps(rows)]
+    content += _correlations(knowledge)
     return "\n\n".join(sections(content))
 
 
 def _steps(rows: list[tuple[str, str, str, str]]) -> Table:
     return Table(["option", "change", "requests/s offered", "against the winner"], rows)
+
+
+def _correlations(knowledge: Knowledge) -> list[Block]:
+    """Return how each lower fidelity orders the configurations; nothing where probes at rates decide no pair."""
+    words = [
+        f"{name}: {value:.2f} over {number} pairs of configurations" if number else f"{name}: no pair is in an order"
+        for name, number, value in answer.correlations(knowledge)
+    ]
+    return [Heading("Rank correlation with what probes at rates found"), Bullets(words)] if words else []
 
 
 def trade_offs(knowledge: Knowledge) -> list[Chart]:

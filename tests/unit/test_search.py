@@ -1553,6 +1553,25 @@ def test_rank_correlations_count_only_pairs_that_probes_at_rates_decide() -> Non
     assert answer.correlations(search)[0] == ("sizing", 0, 0.0)
     search.operations[ALL[1]] = 6.0
     assert answer.correlations(search)[0] == ("sizing", 2, 1.0)
+    line = "- offline throughput: 0.00 over 2 pairs of configurations"
+    assert line in page.summary(search, answer.answer(search, None)).splitlines()  # in MLflow's note
+
+
+def test_the_front_has_every_figure_by_which_configurations_are_compared() -> None:
+    search = Knowledge(Goal("pareto", (P99,)), BATCHING)
+    rate = rates.rate_of(rates.step_below(100.0))
+    of_a_gpu = {"gpu_memory_mib/reserved": 4000.0, energy.METRIC: 0.25, "quality/auc_loss": 0.002}
+    of_a_cpu = {"host_memory_mib/peak": 3000.0, energy.METRIC: 0.5, "quality/auc_loss": 0.001}
+    for configuration, p99, metrics in zip(ALL, (40, 50, 60), (of_a_gpu, of_a_cpu, of_a_gpu), strict=False):
+        search.note(search.begin(configuration), Probe(rate, 1000), outcome(p99, p99 - 1, p99 + 1, **metrics))
+    table = page.front_table(search)  # the third loses to the first
+    heads = ["#", "configuration", "requests/s answered", "p99 ms", "quality loss %", "memory MiB", "J/1000 requests"]
+    assert table.heads == heads
+    first, second = ([str(cell) for cell in row[3:]] for row in table.rows)
+    assert (first, second) == (["40.0", "0.200", "4000", "250"], ["50.0", "0.100", "3000", "500"])
+    charts = {chart.y: list(chart.series[0].y) for chart in page.trade_offs(search)}
+    losses, memory, energies = [0.2, 0.1, 0.2], [4000.0, 3000.0, 4000.0], [250.0, 500.0, 250.0]
+    assert charts == {"quality loss %": losses, "memory MiB": memory, "J/1000 requests": energies}
 
 
 def test_a_bound_of_a_neighbour_is_no_change() -> None:
