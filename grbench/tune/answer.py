@@ -89,6 +89,9 @@ def leader(knowledge: Knowledge) -> str:
 def sentence(found: Answer) -> str:
     """Return the answer in words."""
     name, had = found.trial.configuration.name, f"{found.rate:.4g} requests/s at {_latency(found.outcome)}"
+    joules = found.outcome.metrics.get(energy.METRIC)
+    if joules is not None and found.knowledge.goal.objective != "cost":
+        had += f" with {joules:.3g} J each"
     words = f"Take {name}: {had}"
     if found.certificate is None and found.trial.refuted:
         words = f"No rate of {name} is proven, since it failed at {found.trial.refuted}. The search's own run had {had}"

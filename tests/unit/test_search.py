@@ -734,6 +734,28 @@ def test_certification_takes_the_next_best_if_the_best_fails() -> None:
 
 
 @pytest.mark.parametrize(
+    "objective, cost",
+    [("throughput", " with 0.376 J each (not certified"), ("cost", ", 376 J for 1000 requests (not ")],
+)
+def test_the_sentence_has_the_energy_the_next_engine_and_what_a_limit_excludes(objective: str, cost: str) -> None:
+    search = Knowledge(Goal(objective, (P99, Limit("quality/auc_loss", 0.001))), BATCHING)
+    rate = rates.rate_of(rates.step_below(100.0))
+    found = outcome(40, 39, 41, throughput_rps=rate, **{energy.METRIC: 0.3756})
+    search.note(search.begin(ALL[0]), Probe(rate, 1000), found)
+    dearer = outcome(40, 39, 41, throughput_rps=rate / 2, **{energy.METRIC: 0.5})
+    search.note(search.begin(ALL[4]), Probe(rate / 2, 1000), dearer)
+    lossy = outcome(1, throughput_rps=300.0, **{"quality/auc_loss": 0.0014})
+    search.note(search.begin(ALL[1]), Probe(None, 512), lossy)
+    answered = answer.answer(search, None)
+    assert answered is not None
+    first, *others = answer.sentence(answered).split(". ")
+    assert first.startswith(f"Take {ALL[0].name}: {rate:.4g} requests/s at p99 40 [39, 41] ms{cost}")
+    assert others[0].startswith("The next best engine, aoti, gives ")
+    assert others[1].startswith(f"{ALL[1].name} could give up to 300")
+    assert others[1].endswith("requests/s but breaks quality.auc_loss <= 0.1%: quality.auc_loss 0.14%.")
+
+
+@pytest.mark.parametrize(
     "goal, order",
     [(Goal("latency", (P99,), rate=90.0), [7, 6, 5]), (Goal("cost", (P99,)), [7, 6, 5])],
     ids=["latency", "cost"],
