@@ -94,6 +94,11 @@ class RequestLoop:
             self.submitted += len(tickets)
             self._changed.notify(len(tickets))  # each may be a batch; a thread that wakes for nothing takes time
 
+    def withdraw(self, key: int) -> bool:
+        """Take the request of a ticket's key out of the queue. Returns False if a batch has it, or had."""
+        with self._changed:
+            return self._waiting.remove(key)
+
     def fail(self, error: BaseException) -> None:
         """Begin no further batch, because a thread of the scenario has raised."""
         with self._changed:
@@ -228,6 +233,7 @@ class Batcher(RequestLoop):
     def _work(self) -> None:
         while batch := self._next_batch():
             self._run(batch)
+            del batch  # its requests would stay until the next one
 
     def _next_batch(self) -> list[Ticket]:
         """Return the next batch. It is empty when the loop has ended or the engine has failed."""
@@ -301,31 +307,38 @@ class ContinuousBatcher(RequestLoop):
         super().__init__(max_batch, answered, watch=watch, key=key, wanted=wanted)
 
     def _work(self) -> None:
-        while True:
-            arrived = self._arrived()
-            if self.failure is not None or not (arrived or self._under_way):
-                return
-            for ticket in arrived:
-                self._admit(ticket)
-            if not (size := len(self._under_way)):
-                continue
-            begun = time.perf_counter()
-            finished = self._engine.step()
-            done = time.perf_counter()
-            tickets = []
-            for end in finished:
-                ticket, admitted = self._under_way.pop(end.key)
-                self._note(ticket, admitted, (0.0, 0.0, (done - admitted) * 1e3), done, size)
-                if end.stages:
-                    self._stages.append(end.stages)
-                self.tokens += end.tokens
-                self.padded_tokens += end.tokens
-                self._add(end.details)
-                tickets.append(ticket)
-            self._count(done - begun, size)
-            if tickets:
-                self._watch([t.request for t in tickets], _as_batch(finished), size)
-                self._answered(tickets)
+        while self._admit_arrived():
+            if self._under_way:
+                self._step(len(self._under_way))
+
+    def _step(self, size: int) -> None:
+        """Let the engine work, and hand out what ends. size: requests under way."""
+        begun = time.perf_counter()
+        finished = self._engine.step()
+        done = time.perf_counter()
+        tickets = []
+        for end in finished:
+            ticket, admitted = self._under_way.pop(end.key)
+            self._note(ticket, admitted, (0.0, 0.0, (done - admitted) * 1e3), done, size)
+            if end.stages:
+                self._stages.append(end.stages)
+            self.tokens += end.tokens
+            self.padded_tokens += end.tokens
+            self._add(end.details)
+            tickets.append(ticket)
+        self._count(done - begun, size)
+        if tickets:
+            self._watch([t.request for t in tickets], _as_batch(finished), size)
+            self._answered(tickets)
+
+    def _admit_arrived(self) -> bool:
+        """Admit the requests that may join now. Returns False at the end."""
+        arrived = self._arrived()
+        if self.failure is not None or not (arrived or self._under_way):
+            return False
+        for ticket in arrived:
+            self._admit(ticket)
+        return True
 
     def _admit(self, ticket: Ticket) -> None:
         key, admitted = next(self._keys), time.perf_counter()

@@ -72,6 +72,12 @@ class Waiting:
         if tickets := list(tickets):
             self._queue = deque(sorted([*tickets, *self._queue], key=_arrival))
 
+    def remove(self, key: int) -> bool:
+        """Remove the request of a ticket's key. Returns False if it does not wait."""
+        left = deque(ticket for ticket in self._queue if ticket.key != key)
+        found, self._queue = len(left) < len(self._queue), left
+        return found
+
     @property
     def oldest(self) -> Ticket:
         return self._queue[0]

@@ -52,7 +52,7 @@ class _Choice:
 
 @dataclass(slots=True)
 class Queued:
-    """A request in the queue of the strategy that was chosen for it. Cancel the future to give it up."""
+    """A request in the queue of the strategy that was chosen for it."""
 
     request: Request
     deadline: float  # seconds, time.perf_counter
@@ -136,6 +136,11 @@ class Controller:
         choice = self._choose(request, deadline)
         return Queued(request, deadline, came, choice, self._submit(choice, deadline, came))
 
+    @staticmethod
+    def give_up(begun: Queued) -> None:
+        """Take a request back that nobody waits for."""
+        begun.choice.strategy.withdraw(begun.future)
+
     async def finish(self, begun: Queued) -> Answer:
         """Wait for the answer to a request, from other strategies if the first one fails. Raises RefusedError."""
         request, deadline, choice, future = begun.request, begun.deadline, begun.choice, begun.future
@@ -145,7 +150,13 @@ class Controller:
             try:
                 done = await future
                 break
+            except asyncio.CancelledError:
+                choice.strategy.withdraw(future)
+                raise
             except FailedError as e:
+                e.__traceback__ = (
+                    None  # else a cycle of this frame, the future and the error keeps the call
+                )
                 if e.reason == "late":
                     self._overload.refused()
                     raise self._too_late(f"deadline: {e}", self._clears_s()) from None

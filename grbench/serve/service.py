@@ -179,7 +179,7 @@ class Service:
                 begun_all.append(controller.begin(request, deadline, call.came))
         except RefusedError:
             for one in begun_all:
-                one.future.cancel()
+                controller.give_up(one)
             raise
         if len(begun_all) == 1:
             answers = [await self._finish(controller, begun_all[0])]

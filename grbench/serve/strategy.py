@@ -243,25 +243,32 @@ class Strategy:
         self._batcher.submit([Ticket(request, came, key)])
         return future
 
-    def _release(self, ticket: Ticket) -> Held | None:
-        """Forget a request that was queued, and return what is known of it."""
-        one = self._held.pop(ticket.key, None)
+    def withdraw(self, future: asyncio.Future[Done]) -> None:
+        """Forget a request whose client has left, by its future, unless a batch has it already."""
+        future.cancel()
+        key = next((key for key, one in self._held.items() if one.future is future), None)
+        if key is not None and self._batcher is not None and self._batcher.withdraw(key):
+            self._release(key)
+
+    def _release(self, key: int) -> Held | None:
+        """Forget a request that was queued, by the key of its ticket, and return what is known of it."""
+        one = self._held.pop(key, None)
         if one is not None:
             self.waiting_s = max(self.waiting_s - one.cost_s, 0.0) if self._held else 0.0
         return one
 
     def _drop(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:
-            if (one := self._release(ticket)) is not None:
+            if (one := self._release(ticket.key)) is not None:
                 one.fail(FailedError("late", "the deadline passed while the request waited"))
 
     def _refuse(self, ticket: Ticket, error: ValueError) -> None:
-        if (one := self._release(ticket)) is not None:
+        if (one := self._release(ticket.key)) is not None:
             one.fail(outside(error))
 
     def _deliver(self, tickets: list[Ticket], result: Any, rows: batches.Rows, engine_ms: float | None) -> None:
         self.answered.batches += 1
-        ended = [self._release(ticket) for ticket in tickets]
+        ended = [self._release(ticket.key) for ticket in tickets]
         try:
             self._hand_out(tickets, ended, result, rows, engine_ms)
         except Exception as e:  # the result is not as it should be
@@ -317,7 +324,7 @@ class Strategy:
             failure = probe.exception()
             if isinstance(failure, FailedError) and failure.reason == "outside":
                 self._failed(error)
-            elif self._release(ticket) is not None:
+            elif self._release(ticket.key) is not None:
                 one.fail(outside(error) if failure is None else failure)
 
         self.submit(self.checked.known_good, one.kind).add_done_callback(judged)

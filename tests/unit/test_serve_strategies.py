@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import io
 import math
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+import weakref
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -424,6 +426,76 @@ def test_requests_that_are_late_or_given_up_are_dropped() -> None:
         engine.free.set()
         assert [await first, await late, await kept] == ["answered", "late", "answered"]
         assert engine.sizes == [1, 1] and one.pending == 0 and one.waiting_s == 0.0
+        await one.close(1.0)
+
+    run(work)
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Collect no cycles: a server does so seldom, and what is in one keeps the body of its call until then."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_a_call_whose_client_leaves_is_forgotten_before_the_next_batch() -> None:
+    async def work() -> None:
+        engine, one, first = await held()
+        asked = request()
+        tensor = weakref.ref(asked.history_items)
+        call = asyncio.create_task(controller(one).answer(asked, math.inf))
+        del asked
+        await until(lambda: one.pending == 2)
+        call.cancel()
+        await asyncio.wait([call])
+        del call
+        assert tensor() is None and one.pending == 1 and one.waiting_s == one.costs.each_s(Kind(1))
+        engine.free.set()
+        assert await first == "answered" and engine.sizes == [1]
+        await one.close(1.0)
+
+    run(work)
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("kind", [Engine, Continuous])
+def test_a_call_is_forgotten_once_it_has_ended(kind: type[Engine]) -> None:
+    """No further batch is made."""
+
+    async def work() -> None:
+        one = made(kind())
+        for deadline in (math.inf, 0.0):
+            asked = request()
+            tensor = weakref.ref(asked.history_items)
+            future = one.submit(asked, Kind(1), deadline)
+            other = one.submit(request(), Kind(1))
+            del asked
+            await asyncio.wait([future, other])
+            assert (future.exception() is None) is (deadline > 0)
+            del future, other
+            await until(lambda: tensor() is None)  # noqa: B023  (it ends before the next)
+        await one.close(1.0)
+
+    run(work)
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_a_call_that_is_dropped_is_forgotten() -> None:
+    async def work() -> None:
+        one = made(Engine())
+        asked = request()
+        tensor = weakref.ref(asked.history_items)
+        both = controller(one)
+        begun = [both.begin(asked, math.inf), both.begin(request(), math.inf)]
+        one._held[0].deadline = 0.0
+        del asked
+        with pytest.raises(RefusedError, match="the deadline passed"):
+            await both.finish(begun.pop(0))
+        await both.finish(begun.pop())
+        await until(lambda: tensor() is None)
         await one.close(1.0)
 
     run(work)
