@@ -154,9 +154,7 @@ class Controller:
                 choice.strategy.withdraw(future)
                 raise
             except FailedError as e:
-                e.__traceback__ = (
-                    None  # else a cycle of this frame, the future and the error keeps the call
-                )
+                e.__traceback__ = None  # else a cycle of this frame, the future and the error keeps the call
                 if e.reason == "late":
                     self._overload.refused()
                     raise self._too_late(f"deadline: {e}", self._clears_s()) from None
