@@ -520,6 +520,14 @@ def test_resamples_draw_the_same_users_and_each_models_seeds(program: Any) -> No
     assert mixed.high - mixed.low > 2 * (one.high - one.low)
 
 
+def test_the_wall_time_of_a_sweep_is_predicted(program: Any, tmp_path: Path, capsys: Capture) -> None:
+    module = program("parallel_sweep")
+    [row] = rows_of(module, tmp_path, capsys, "--places", "2", "--predict", "10")
+    assert row["cells"] == 8 and row["share"] == pytest.approx(43 / 83)
+    slower = module.predicted(8, 2, 10.0)["slower_at_most"]
+    assert (3 + 4 * 10 * slower) / 83 == pytest.approx(0.52)
+
+
 def test_rows_of_items_are_looked_up(program: Any, tmp_path: Path, capsys: Capture) -> None:
     sizes = ["--rows", "2000", "--width", "8", "--tokens", "100", "--warmup", "20", "--lookups", "5"]
     rows = rows_of(program("item_cache"), tmp_path, capsys, *sizes, "--zipf", "1", "--budget", "5", "25")
