@@ -999,20 +999,25 @@ def test_the_error_of_a_load_without_the_key_says_where_it_goes(locked: Serving)
         engine.prepare([], 1)
 
 
-def test_the_page_shows_strategies_and_latency(server: Serving) -> None:
+@pytest.mark.parametrize("cache", ["none", "lru"])
+def test_the_page_shows_strategies_latency_and_hits(trace: Any, cache: str) -> None:
     webdriver = pytest.importorskip("selenium.webdriver")
     driver, browser = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
     if driver is None or browser is None:
         pytest.skip("chromium or google-chrome, and chromedriver, are not installed")
-    server.call("/v2/models/hstu_tiny/infer", {"inputs": base()})
     options = webdriver.ChromeOptions()
     options.binary_location = browser
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(flag)
-    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as page:
+    words = [*TINY, "engine=hstu", f"cache={cache}", "serve.grpc_port=null"]
+    with serving(*words) as server, webdriver.Chrome(options, webdriver.ChromeService(driver)) as page:
+        for _ in range(4):  # of one user, whose state is cached from the second call on
+            assert server.infer(tensors_of(trace[1].requests[:1]))[0] == 200
         page.get(server.url)
         wait_until(lambda: page.find_element("id", "state").text == "ready")
         assert page.find_element("id", "model").text == "hstu_tiny, rank"
         assert page.find_element("id", "strategies").text.startswith("hstu ready hstu fp32 cpu")
-        assert "p99" in page.find_element("id", "facts").text
+        facts = page.find_element("id", "facts").text
+        assert "calls answered 4\n" in facts and "p99" in facts
+        assert f"state hits {'75.0% of 4' if cache == 'lru' else 'no cache'}\n" in facts
         assert page.find_element("id", "error").text == ""

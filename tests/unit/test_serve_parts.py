@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import configparser
 import contextlib
 import io
 import json
@@ -811,6 +812,27 @@ def test_the_files_of_a_deployment_parse() -> None:
     assert mounted and all((ROOT / "deployment" / path).is_file() for path in mounted)
     built = [s["build"] for s in compose["services"].values() if "build" in s]
     assert built and all((ROOT / "deployment" / b["context"] / b["dockerfile"]).is_file() for b in built)
+
+
+def test_systemd_starts_reloads_and_restarts_the_server(tmp_path: Path) -> None:
+    """Exit code 1 of a lost device starts it again, and its end has more time than the server needs."""
+    text = (ROOT / "deployment" / "grbench.service").read_text()
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read_string(text)
+    service = unit["Service"]
+    program, command, *words = service["ExecStart"].split()
+    config, file, _ = parse(words)
+    assert (Path(program).name, command) == ("grbench", "serve") and Path(file or "").is_absolute()
+    assert service["ExecReload"] == "/bin/kill -HUP $MAINPID" and service["KillSignal"] == "SIGTERM"
+    assert service["Restart"] == "on-failure" and float(service["TimeoutStopSec"]) > config.drain_s
+    if (systemd := shutil.which("systemd-analyze")) is None:
+        pytest.skip("systemd-analyze is not installed, so only the keys were looked at")
+    there = tmp_path / "grbench.service"
+    there.write_text(text.replace(program, sys.executable))  # it looks for the program
+    done = subprocess.run([systemd, "verify", there], capture_output=True, text=True)
+    said = (done.stdout + done.stderr).splitlines()  # also about the machine's own units, which this one comes after
+    assert not [line for line in said if there.name in line]
 
 
 def test_the_workers_of_a_ray_cluster_are_the_replicas() -> None:
