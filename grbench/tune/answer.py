@@ -95,7 +95,7 @@ def sentence(found: Answer) -> str:
     words = f"Take {name}: {had}"
     if found.certificate is None and found.trial.refuted:
         words = f"No rate of {name} is proven, since it failed at {found.trial.refuted}. The search's own run had {had}"
-    if found.knowledge.goal.objective == "cost" or energy.METRIC in found.outcome.metrics:
+    if found.knowledge.goal.objective == "cost":
         words += f", {_cost(found.step, found.outcome)} for 1000 requests"
     words += f" ({proof(found)})"
     return ". ".join([words, *([found.quality] if found.quality else []), *_others(found)]) + "."

@@ -781,27 +781,6 @@ def test_certification_goes_on_with_the_next_best_of_the_objective(goal: Goal, o
     assert list(tried)[:3] == [ALL[i] for i in order]
 
 
-@pytest.mark.parametrize("joules", [None, 0.375])
-def test_the_answer_has_joules_beside_its_rate_where_they_are_known(joules: float | None) -> None:
-    evaluator = Capacities({ALL[0]: 100.0})
-    usual = evaluator.outcome
-
-    def metered(configuration: Configuration, probe: Probe) -> Outcome:
-        found = usual(configuration, probe)
-        return dataclasses.replace(found, metrics={**found.metrics, energy.METRIC: joules}) if joules else found
-
-    evaluator.outcome = metered  # type: ignore[method-assign]
-    search = Knowledge(Goal("throughput", (P99,)), BATCHING)
-    Search(search, ALL[:1], evaluator, Listed(ALL[:1])).run()
-    found = answer.answer(search, None)
-    assert found is not None
-    assert (
-        re.search(r" requests/s at p99 .* ms, 375 J for 1000 requests \(", answer.sentence(found))
-        if joules
-        else (" J " not in answer.sentence(found))
-    )
-
-
 def test_an_answer_that_a_certifying_run_contradicts_says_so_first() -> None:
     evaluator = Capacities(CAPACITY)
     search = searched(evaluator)
