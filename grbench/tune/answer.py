@@ -104,7 +104,8 @@ def sentence(found: Answer) -> str:
 def quality(outcome: Outcome, against: str) -> str:
     """Return the quality of an outcome in words: what the figures are, and what is lost of them.
 
-    against: what the losses are compared with. Of several tasks the one that loses most is named.
+    against: what the losses are compared with. Of several tasks the one that loses most is named, unless only their
+    mean has an interval.
     """
     metrics, ends = outcome.metrics, outcome.intervals
     had = [
@@ -124,11 +125,11 @@ def _is_nothing(loss: str) -> bool:
 
 def _loss(metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float]], name: str) -> str:
     """Return what is lost of a figure of quality in words: nothing, unless its interval proves it."""
-    tasks = "" if name == "hr10" else "([^/]+)/"
-    found = {match[1]: key for key in metrics if (match := re.fullmatch(f"quality/{tasks or '()'}{name}_loss", key))}
+    task_of = "()" if name == "hr10" else "(?:([^/]+)/)?"
+    found = {match[1]: key for key in metrics if (match := re.fullmatch(f"quality/{task_of}{name}_loss", key))}
     if not found:
         return ""
-    task = max(found, key=lambda its: metrics[found[its]])
+    task = max(found, key=lambda its: (found[its] in intervals, metrics[found[its]], bool(its)))
     value, ends = metrics[found[task]], intervals.get(found[task])
     what = QUALITY[name] + (f" of {task}" if task else "")
     share = f"{_percent(value)}{_interval(ends, 100, '%')}"

@@ -320,8 +320,8 @@ class LiveEvaluator:
                 and record.spec["scenario"].get("mode") != "accuracy"  # its arrivals are LoadGen's for another purpose
                 and not environment_difference(record.environment, here)
             ]
-            for _, record in self._usable[configuration]:  # one that lacks quality may come before one that has it
-                self._qualities.learn(configuration, record)
+            for folder, record in self._usable[configuration]:  # one that lacks quality may come before one that has it
+                self._qualities.learn(configuration, folder, record)
                 self._evaluations += [record.metrics[EVALUATING]] if EVALUATING in record.metrics else []
         return self._usable[configuration]
 
@@ -449,7 +449,7 @@ class LiveEvaluator:
     def _outcome(
         self, configuration: Configuration, folder: Path, record: RunRecord, kept: bool, seconds: float
     ) -> Outcome:
-        self._qualities.learn(configuration, record)
+        self._qualities.learn(configuration, folder, record)
         if record.ok and emulated(record):
             return Outcome(str(Status.UNAVAILABLE), error=EMULATED, seconds=seconds, kept=kept, folder=folder)
         rest = {name: value for name, value in record.metrics.items() if not name.startswith("quality/")}

@@ -10,10 +10,12 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from grbench.config.schema import RunSpec, weights_of
 from grbench.execution.gpu import visible_gpus
-from grbench.execution.records import RunRecord
+from grbench.execution.records import RESAMPLES_FILE, RunRecord
+from grbench.quality.metrics import estimate_of
 from grbench.tune.config import Declared
 from grbench.tune.limits import LARGER
 from grbench.tune.outcome import Configuration, Probe
@@ -37,6 +39,7 @@ class Qualities:
         self._base = next(iter(self._alike.values()))  # of the default configuration
         self._metrics: dict[str, dict[str, float]] = {}  # by `alike`; {}: it was evaluated, and there is none
         self._ends: dict[str, dict[str, list[float]]] = {}  # their intervals
+        self._evaluated: dict[str, tuple[Path, int]] = {}  # folder and seed of the cell that has them
         limits = declared.goal.limits
         self._loss_limited = any(is_loss(limit.metric) for limit in limits)
         self._limited = any(limit.metric.startswith("quality/") for limit in limits)
@@ -81,13 +84,14 @@ class Qualities:
         allowed = [f"{ALLOWED}={LOSSY}"] if self._allowed is None else []
         return allowed if self.evaluates(configuration, probe) else [*allowed, NONE]
 
-    def learn(self, configuration: Configuration, record: RunRecord) -> None:
+    def learn(self, configuration: Configuration, folder: Path, record: RunRecord) -> None:
         """Take the quality that a record has; all configurations that answer the same have it."""
         found, key = quality_metrics(record), self._alike[configuration]
         if found:
             self._metrics[key] = found
             ends = {name: its for name, its in record.intervals.items() if name.startswith("quality/")}
             self._ends[key] = {as_limited(name): its for name, its in ends.items()}
+            self._evaluated[key] = folder, record.spec["seed"]
         elif record.ok and record.spec["gate"].get("quality_requests"):
             self._metrics.setdefault(key, {})
 
@@ -108,6 +112,28 @@ class Qualities:
         found = self._ends.get(self._alike[configuration], {})
         another = self.another_model(configuration)
         return {name: ends for name, ends in found.items() if not (another and is_loss(name))}
+
+    def against_default(self, configuration: Configuration) -> dict[str, list[float]]:
+        """Return the intervals of losses against the default configuration, over the same resamples of the users.
+
+        Each is of the mean over tasks. The result is {} where that is not what losses are against, and without the
+        resamples of both, or if their users differ.
+        """
+        from grbench.report.frame import ReportError, load_columns
+
+        pair = [self._evaluated.get(key) for key in (self._alike[configuration], self._base)]
+        if None in pair or not self.another_model(configuration) or len({seed for _, seed in filter(None, pair)}) > 1:
+            return {}
+        try:
+            ours, theirs = (load_columns(folder / RESAMPLES_FILE) for folder, _ in filter(None, pair))
+        except ReportError:
+            return {}
+        found = {}
+        for name in ours.columns.intersection(theirs.columns):
+            share = ours[name] / theirs[name]
+            lost = share - 1 if name == "ne" else 1 - share
+            found[f"quality/{name}_loss"] = estimate_of(0.0, lost.to_numpy()).interval
+        return found
 
     def lacking(self, configuration: Configuration, record: RunRecord) -> bool:
         """Return True for an earlier measurement without the quality that the search reads: it is measured again."""

@@ -142,7 +142,11 @@ class TuneSession:
         if not (metrics := known.metrics(configuration)):
             why = self._unevaluated or known.why_none(configuration)
             return dataclasses.replace(found, quality=f"Its quality is unknown: {why}")
-        intervals = {**found.outcome.intervals, **known.intervals(configuration)}
+        intervals = {
+            **found.outcome.intervals,
+            **known.intervals(configuration),
+            **known.against_default(configuration),
+        }
         outcome = dataclasses.replace(found.outcome, metrics={**found.outcome.metrics, **metrics}, intervals=intervals)
         against = "the default configuration" if known.another_model(configuration) else "the same model in fp32"
         return dataclasses.replace(found, outcome=outcome, quality=answer.quality(outcome, against))

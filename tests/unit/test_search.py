@@ -882,6 +882,12 @@ LISTED = {"quality/hr10": 0.0996, "quality/hr10_loss": 0.001, "quality/popularit
             "normalised entropy of liked and nothing of the AUC of liked beyond the interval (0.14% [-0.1%, 0.19%])",
         ),
         (
+            RANKED | {"quality/auc_loss": 0.0002},
+            {"quality/auc_loss": [0.0001, 0.0003]},
+            "Its AUC is 0.7957; against fp32 it loses 0.02% [0.01%, 0.03%] of the AUC",
+        ),
+        (RANKED, {}, "Its AUC is 0.7957; against fp32 it loses 0.14% of the AUC of liked"),
+        (
             LISTED,
             {"quality/hr10_loss": [-0.02, 0.03]},
             "Its HR@10 is 0.0996; against fp32 it loses nothing of the HR@10 beyond the interval (0.1% [-2%, 3%])",

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers.cells import write_cell
 from helpers.checkout import ROOT
@@ -508,6 +509,17 @@ def test_a_window_is_compared_with_the_default_without_a_limit(tmp_path: Path) -
     assert measures.evaluate(kernels[0], OFFLINE).ok
     assert measures.evaluate(windows[0], OFFLINE).metrics["quality/auc_loss"] == pytest.approx(0.2)
     assert NO_QUALITY in measures.words(kernels[0], SERVER) and NO_QUALITY in measures.words(windows[0], SERVER)
+    known = measures._qualities
+    assert known.against_default(windows[0]) == {}  # no cell has resamples
+    drawn = np.linspace(0.70, 0.80, 1001)
+    for window, share in ((0, 1.0), (64, 0.8)):
+        resamples = pd.DataFrame({"auc": share * drawn, "ne": drawn / share})
+        resamples.to_parquet(tmp_path / str(window) / records.RESAMPLES_FILE)
+    ends = known.against_default(windows[0])
+    assert ends["quality/auc_loss"] == pytest.approx([0.2, 0.2]) and ends["quality/ne_loss"] == pytest.approx(
+        [0.25, 0.25]
+    )
+    assert known.against_default(kernels[0]) == {}  # its own reference has them
 
 
 @pytest.mark.parametrize(
