@@ -155,7 +155,7 @@ class Qualities:
             return f"{NONE} leaves it out"
         if self._alike[configuration] in self._metrics:
             return "the workload does not say which answers are right, or has no requests later than the training"
-        return "of what computes in fp32 it is evaluated once it is certified"
+        return "what computes in fp32 is evaluated only after its certification"
 
 
 def rounds(spec: RunSpec, gpu: bool) -> bool:
