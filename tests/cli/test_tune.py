@@ -293,6 +293,27 @@ def test_an_interrupted_search_goes_on_without_measuring_again(
     assert len(json.loads(newest.read_text())["trials"]) == 2  # the interrupted one's is among them
 
 
+def test_a_search_that_is_killed_goes_on_without_measuring_again(
+    grbench_here: Grbench, forked_workers: None, tmp_path: Path
+) -> None:
+    words = ["tune", *SEARCH, "objective=latency", "rate=400", "budget=2cells"]
+    command = fork_command(tmp_path, *words)
+    try:
+        until(lambda: len(list(tmp_path.rglob("mlperf_log_detail.txt"))) == 2, command)  # the second cell has begun
+        os.kill(command.pid, signal.SIGKILL)
+        assert command.wait(60) == -signal.SIGKILL
+    finally:
+        command.kill()
+    [first] = measured(tmp_path)
+    assert not list(tmp_path.rglob("tune.json"))
+
+    whole = grbench_here(*words)
+    assert whole.returncode == 0 and "takes over 1 probe of 1 configuration from " in whole.stderr, whole.stderr
+    assert len(measured(tmp_path)) == 2 and measured(tmp_path).count(first) == 1
+    [facts] = tmp_path.rglob("tune.json")
+    assert len(json.loads(facts.read_text())["trials"]) == 2
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core holds one place")
 def test_a_search_on_two_places_measures_beside_each_other_and_goes_on(
     grbench_here: Grbench, forked_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
