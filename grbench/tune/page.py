@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from grbench.report import html
 from grbench.report.cells import figure
@@ -21,6 +23,9 @@ from grbench.tune.space import Space
 from grbench.tune.trial import Trial
 from grengines.runtime import atomic_io
 
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
 NAME = "tune"
 STEP = ("option", "change", "requests_s", "against")  # of one step from the winner
 SMALLER = ("p99 ms", "quality loss %", "memory MiB", "J/1000 requests")  # figures of which less is better
@@ -32,7 +37,12 @@ def write(knowledge: Knowledge, found: Answer | None, declared: Declared, space:
     title = f"grbench tune: {declared.goal.objective}"
     page = folder / f"{NAME}.html"
     text = html.page(title, content)
-    atomic_io.write(page, text.replace("</body>", f"{coordinates(knowledge, space)}</body>").encode())
+    if dimensions := coordinates(knowledge, space):
+        both = parallel_coordinates(dimensions).to_html(
+            full_html=False, include_plotlyjs=False, div_id="figure_coordinates"
+        )
+        text = text.replace("</body>", f"{both}</body>")
+    atomic_io.write(page, text.encode())
     markdown = folder / f"{NAME}.md"
     pictures = folder / f"{NAME}_files"
     draw([block for block in content if isinstance(block, Figure)], pictures)
@@ -54,10 +64,8 @@ def blocks(knowledge: Knowledge, found: Answer | None, declared: Declared, space
     content.append(Text(f"Objective {declared.goal.objective}, limits: {limits}, budget {declared.budget}; {count}."))
     if returns := answer.returns(knowledge):
         content.append(Text(returns))
-    if chart := front_chart(knowledge, found):
-        content += [Heading("Pareto front"), Figure("pareto", chart)]
-        content += [Figure(chart.key, chart) for chart in trade_offs(knowledge)]
-        content.append(front_table(knowledge))
+    if charts := charts_of(knowledge, found):
+        content += [Heading("Pareto front"), *(Figure(chart.key, chart) for chart in charts), front_table(knowledge)]
     if found and (rows := answer.neighbours(found)):
         content += [
             Heading("One step from the winner"),
@@ -101,6 +109,12 @@ def _correlations(knowledge: Knowledge) -> list[Block]:
         for name, number, value in answer.correlations(knowledge)
     ]
     return [Heading("Rank correlation with what probes at rates found"), Bullets(words)] if words else []
+
+
+def charts_of(knowledge: Knowledge, found: Answer | None) -> list[Chart]:
+    """Return the charts of what keeps the limits: rate and p99, then the rate and each further figure."""
+    first = front_chart(knowledge, found)
+    return [first, *trade_offs(knowledge)] if first else []
 
 
 def trade_offs(knowledge: Knowledge) -> list[Chart]:
@@ -247,14 +261,15 @@ def _limit(knowledge: Knowledge, trial: Trial) -> str:
     return "offline rate below the best" if beaten else "budget ended"
 
 
-def coordinates(knowledge: Knowledge, space: Space) -> str:
-    """Return parallel coordinates of all measured configurations as HTML; "" without plotly figures on the page."""
+def coordinates(knowledge: Knowledge, space: Space) -> list[dict[str, Any]]:
+    """Return the axes of parallel coordinates: options of the space and the rate, of each configuration with one.
+
+    They are data, as those of a chart are. There are none where nothing keeps the limits.
+    """
     trials = [trial for trial in knowledge.trials if trial.estimate is not None]
     if not trials or front_chart(knowledge) is None:
-        return ""
-    import plotly.graph_objects as go
-
-    dimensions = []
+        return []
+    dimensions: list[dict[str, Any]] = []
     for key, values in space.axes.items():
         texts = [trial.configuration.get(key) or "-" for trial in trials]
         shown = [value for value in [*values, "-"] if value in texts]
@@ -267,12 +282,16 @@ def coordinates(knowledge: Knowledge, space: Space) -> str:
             }
         )
     reach = [rates.RATIO ** (trial.estimate or 0.0) for trial in trials]
-    dimensions.append({"label": "requests/s (estimate)", "values": reach})
-    drawn = go.Figure(
-        go.Parcoords(dimensions=dimensions, line={"color": reach, "colorscale": "Viridis", "showscale": True})
-    )
-    drawn.update_layout(title="Options and the rate that is reached, as far as it is known", height=460)
-    return str(drawn.to_html(full_html=False, include_plotlyjs=False, div_id="figure_coordinates"))
+    return [*dimensions, {"label": "requests/s (estimate)", "values": reach}]
+
+
+def parallel_coordinates(dimensions: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """Return parallel coordinates of these axes, of which the last colours the lines, for a browser."""
+    import plotly.graph_objects as go
+
+    line = {"color": dimensions[-1]["values"], "colorscale": "Viridis", "showscale": True}
+    lines = go.Figure(go.Parcoords(dimensions=list(dimensions), line=line))
+    return lines.update_layout(title="Options and the rate that is reached, as far as it is known", height=460)
 
 
 def facts(knowledge: Knowledge, found: Answer | None, declared: Declared, space: Space) -> dict[str, object]:
@@ -303,6 +322,8 @@ def facts(knowledge: Knowledge, found: Answer | None, declared: Declared, space:
         "pareto": [trial.configuration.words for trial in front(knowledge)],
         "trials": [of(trial) for trial in knowledge.trials],
         "rank_correlation": correlated,
+        "charts": [chart.to_dict() for chart in charts_of(knowledge, found)],
+        "coordinates": coordinates(knowledge, space),
         "left_out": space.left_out,
         "left_out_during": {reason: len(some) for reason, some in knowledge.left_out.items()},
     }

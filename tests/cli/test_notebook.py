@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from helpers.cells import ink, write_cell
 from helpers.checkout import ROOT
+from helpers.command import Grbench
 from helpers.forks import Fork
+from helpers.searches import SEARCH
 
 from grbench.execution import records, results
 from grbench.execution.records import Status
@@ -26,6 +28,7 @@ from nbclient import NotebookClient  # noqa: E402
 from nbclient.exceptions import CellExecutionError  # noqa: E402
 
 NOTEBOOKS = ROOT / "notebooks"
+PLOTLY = "application/vnd.plotly.v1+json"
 NAMES = ["cache", "compare_runs", "kernels", "quality", "strategy", "tune"]
 
 
@@ -191,34 +194,23 @@ def test_quality_says_what_a_precision_costs(execute: Any, tmp_path: Path) -> No
     assert pictures(notebook) == 1
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_tune_works_through_a_search(execute: Any, tmp_path: Path, kept: bool) -> None:
-    def trial(batch: int, rate: float | None, p99: float) -> dict[str, Any]:
-        rate = rate if kept else None
-        figures = {"requests/s": rate, "p99 ms": p99} if rate else {}
-        words = ["engine=hstu", f"scenario.max_batch={batch}"]
-        return {
-            "overrides": words,
-            "rate_low": rate,
-            "rate_high": None,
-            "offline_rps": 500.0,
-            "failed": "",
-            "figures": figures,
-        }
+@pytest.mark.usefixtures("forked_workers")
+def test_tune_works_through_a_search(execute: Any, grbench_here: Grbench, tmp_path: Path) -> None:
+    words = ["tune", *SEARCH, "objective=latency", "rate=400"]
+    assert (done := grbench_here(*words, "latency_ms.p99=60000", "budget=2cells")).returncode == 0, done.stderr
+    probe = "[trials['p99 ms'].notna().tolist(), len(front), len(steps)]"
+    notebook = execute("tune", tmp_path / "outputs", probe)
+    found, front, steps = probed(notebook)
+    assert found == [True, True] and front >= 1 and steps == 1
+    assert pictures(notebook) >= 1
+    drawn = [output.data for output in outputs(notebook, "display_data") if PLOTLY in output.data]
+    [lines] = [data[PLOTLY]["data"][0] for data in drawn]
+    assert lines["type"] == "parcoords" and lines["dimensions"][0]["label"] == "cpu_threads"
+    said = "".join(output.text for output in outputs(notebook, "stream"))
+    assert said.startswith(done.stdout.splitlines()[0]) and "binds" in said
 
-    step = {"option": "scenario.max_batch", "change": "16 -> 8", "requests_s": "301", "against": "-25%"}
-    search = {
-        "answer": "Take hstu max_batch=16: 401 requests/s.",
-        "binding": "latency_ms.p99 <= 80 binds.",
-        "limits": {"latency_ms/p99": 80.0},
-        "trials": [trial(8, 301.0, 70.0), trial(16, 401.0, 78.0), trial(32, None, 0.0)],
-        "steps": [step],
-        "rank_correlation": [],
-    }
-    folder = tmp_path / "outputs" / "tune" / "1"
-    folder.mkdir(parents=True)
-    (folder / "tune.json").write_text(json.dumps(search))
-    notebook = execute("tune", tmp_path / "outputs", "[trials.rate_low.dropna().tolist(), steps.against.tolist()]")
-    assert probed(notebook) == [[401.0, 301.0] if kept else [], ["-25%"]]
-    assert pictures(notebook) == 1
-    assert any("binds" in output.text for output in outputs(notebook, "stream"))
+    assert grbench_here(*words, "latency_ms.p99=0.001", "budget=0cells").returncode == 1
+    notebook = execute(
+        "tune", tmp_path / "outputs", probe.replace("trials['p99 ms'].notna()", "trials.rate_low.notna()")
+    )
+    assert probed(notebook) == [[False, False], 0, 0] and pictures(notebook) == 0
