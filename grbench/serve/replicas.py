@@ -64,14 +64,29 @@ class Replica:
         return Address(self._number, config.host, config.port, config.grpc_port)
 
     async def run(self) -> None:
-        """Serve until `end`. If only another process can serve, this one ends, and Ray starts another."""
+        """Serve until `end`. If only another process can serve, this one ends, and Ray starts another.
+
+        One that Ray has started again and that can't serve does the same: what it needs may come back, and the other
+        replicas go on. Before that, what can't serve is an error of the command.
+        """
+        try:
+            code = await self._serve()
+        except Exception as e:
+            ray: Any = importlib.import_module("ray")
+            if not (ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed):
+                raise
+            Log().error("not started again", replica=self._number, error=" ".join(str(e).split()))
+            code = 1
+        if code:
+            os._exit(code)
+
+    async def _serve(self) -> int:
         from grbench.serve.server import serve
 
         config, file, overrides = self._parsed
         load = partial(deployment_of, file, overrides, self._config_dir)
         with bound(config.host, config.port, "replica_port") as listener:
-            if code := await serve(load(), file, config, Log(), listener, load, self._ended, self._reload):
-                os._exit(code)
+            return await serve(load(), file, config, Log(), listener, load, self._ended, self._reload)
 
     def end(self) -> None:
         """Finish what is in flight and end."""

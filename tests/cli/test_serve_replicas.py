@@ -29,6 +29,7 @@ import tritonclient.http as tritonhttp
 import yaml
 from helpers.command import Grbench
 from helpers.properties import PROFILE
+from helpers.ray_cluster import LOCAL_ONLY
 from helpers.serving import TINY, Serving, certificate, serving, tensors_of, tiny_trace, wait_until
 from tritonclient.utils import InferenceServerException
 
@@ -490,7 +491,10 @@ def test_the_manifest_starts_a_replica_on_each_gpu() -> None:
 @pytest.mark.timeout(420)
 @pytest.mark.skipif(PROFILE != "long", reason="starts Ray; `make test-all` runs it")
 def test_a_killed_replica_is_started_again(tmp_path: Path) -> None:
-    """`kill -9` of a replica under load: no wrong answer, no lost call that was not in flight, recovered in time."""
+    """`kill -9` of a replica under load: no wrong answer, no lost call that was not in flight, recovered in time.
+
+    One that can't start again, because its port is taken, harms nobody and is tried again.
+    """
     port, stats, replica_port = free_ports(3)
     command = [sys.executable, "-m", "grbench", "serve", *WORDS, "serve.replicas=2", f"serve.port={port}",
                "serve.grpc_port=null", f"serve.stats_port={stats}", f"serve.replica_port={replica_port}"]  # fmt: skip
@@ -521,9 +525,68 @@ def test_a_killed_replica_is_started_again(tmp_path: Path) -> None:
         assert wrong == 0 and lost <= 1
         assert _listens_at(replica_port) != killed
         print(json.dumps({"recovered_s": time.monotonic() - begun, "asked": asked, "lost": lost}))
+        os.kill(_listens_at(replica_port), signal.SIGKILL)
+        wait_until(lambda: not _is_open(replica_port))
+        with socket.create_server(("127.0.0.1", replica_port)):
+            wait_until(lambda: "not started again" in (tmp_path / "log").read_text())
+            np.testing.assert_allclose(client.rank([requests[0]]).scores[0], expected[0], rtol=1e-4, atol=1e-5)
+        wait_until(lambda: up(config) == 2)
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+
+
+@needs_haproxy
+@pytest.mark.serial
+@pytest.mark.timeout(420)
+@pytest.mark.skipif(PROFILE != "long", reason="starts Ray; `make test-all` runs it")
+def test_replicas_are_spread_over_the_nodes_of_a_cluster_and_one_moves_when_its_node_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three nodes of one processor: two have a replica each, and the third takes that of the node that is killed."""
+    psutil = pytest.importorskip("psutil")
+    port, stats, replica_port = free_ports(3)
+    (tmp_path / "key").write_text("a-long-secret\n")
+    start = [sys.executable, "-m", "helpers.ray_cluster", "1", "3"]
+    cluster = subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT / "tests")
+    assert cluster.stdin is not None and cluster.stdout is not None
+    for name, value in {"RAY_ADDRESS": cluster.stdout.readline().strip(), **LOCAL_ONLY}.items():
+        monkeypatch.setenv(name, value)
+    command = [sys.executable, "-m", "grbench", "serve", *WORDS, "serve.replicas=2", f"serve.port={port}",
+               "serve.grpc_port=null", f"serve.stats_port={stats}", f"serve.replica_port={replica_port}",
+               "serve.host=0.0.0.0", f"serve.api_key_file={tmp_path / 'key'}"]  # fmt: skip
+    config = ServeConfig(port=port, grpc_port=None, stats_port=stats)
+    requests = list(tiny_trace()[1].requests[:20])
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
+    try:
+        wait_until(lambda: up(config) == 2 or process.poll() is not None, 240)
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        client = Client(f"http://127.0.0.1:{port}", api_key="a-long-secret")
+        client.wait_until_ready(120)
+        wait_until(lambda: up(config) == 2, 120)
+
+        def nodes() -> list[Any]:
+            """Return the process of the node of each replica."""
+            return [psutil.Process(_listens_at(replica_port + 2 * n)).parent() for n in range(2)]
+
+        before = nodes()
+        assert before[0].pid != before[1].pid and {node.name() for node in before} == {"raylet"}
+        expected = [client.rank([r]).scores[0] for r in requests]
+        lost = next(n for n in range(2) if "--head" not in before[n].cmdline())
+        for one in [*before[lost].children(recursive=True), before[lost]]:
+            one.kill()
+        wait_until(lambda: up(config) == 1)
+        wait_until(lambda: up(config) == 2)
+        assert before[lost] not in nodes()
+        for request, known in zip(requests, expected, strict=True):
+            np.testing.assert_allclose(client.rank([request]).scores[0], known, rtol=1e-4, atol=1e-5)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        ended = process.wait(60)
+        cluster.stdin.close()
+        cluster.wait(60)
+    assert ended == 0, (tmp_path / "log").read_text()
 
 
 def _is_open(port: int) -> bool:

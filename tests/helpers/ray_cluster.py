@@ -1,6 +1,6 @@
-"""A Ray cluster of one node on this machine, which listens on 127.0.0.1 alone.
+"""A Ray cluster of one node or several on this machine, which listens on 127.0.0.1 alone.
 
-    python -m helpers.ray_cluster PROCESSORS
+    python -m helpers.ray_cluster PROCESSORS [NODES]        # each node has as many processors
 
 It prints its address, and ends with its standard input. `ray start` would listen on all addresses.
 """
@@ -34,6 +34,9 @@ def main() -> None:
         os.environ["TMPDIR"] = folder  # of its processes: one that is killed leaves files
         Path(folder, "ray").mkdir()  # where Ray notes which cluster runs
         cluster = Cluster(initialize_head=True, head_node_args=node)
+        del node["no_monitor"]  # the head's
+        for _ in range(1, int(sys.argv[2]) if len(sys.argv) > 2 else 1):
+            cluster.add_node(**node)
         print(cluster.address, flush=True)
         sys.stdin.read()
         cluster.shutdown()
