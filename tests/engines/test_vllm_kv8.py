@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from grbench.config.compose import compose_spec
 from grbench.gate.generate import GenerateGate
 from grbench.gate.rank import stored_precision
+from grengines.api import Request
 from grengines.cache.config import EIGHT_BITS
 from grengines.cache.pool import page_bytes
 from grengines.models.hstu.config import HSTUConfig
@@ -42,11 +43,11 @@ def imports() -> Iterator[None]:
         yield
 
 
-def gate_of(actual: dict[str, Any]) -> GenerateGate:
+def gate_of(actual: dict[str, Any], requests: Sequence[Request] = REQUESTS) -> GenerateGate:
     """Return the gate of a cell whose engine reports this."""
     spec = dataclasses.replace(compose_spec(["engine=vllm", "gate.requests=8"])[0], model=MODEL, seed=3)
     stored = stored_precision(actual)
-    return GenerateGate(spec, CATALOGUE, REQUESTS, RETRIEVAL, actual["device"], actual["precision"], stored)
+    return GenerateGate(spec, CATALOGUE, requests, RETRIEVAL, actual["device"], actual["precision"], stored)
 
 
 @pytest.mark.parametrize(
@@ -58,13 +59,15 @@ def test_the_error_is_at_most_twice_that_of_the_emulation(
 ) -> None:
     """Cold, in chunks, from the prefix cache and in any batch; pages that are zeros, stale or wrongly scaled fail."""
     engine = engine_of(kernel=kernel, precision=precision, kv_cache_precision=stored, max_num_batched_tokens=40)
+    # An interpreter is slow: a few of them, of which one is cut and comes in chunks.
+    requests, hits = (REQUESTS[2:5], 96) if kernel == "triton" else (REQUESTS, 272)
     try:
-        gate = gate_of(engine.actual())
+        gate = gate_of(engine.actual(), requests)
         result = gate.check(engine, 4)
         assert 0 < result.error <= result.tolerance == 2 * result.rounding_error
         assert min(result.zero_attention_error, result.stale_error) > 5 * result.tolerance
-        warm = engine.generate(REQUESTS)
-        assert warm.details["prefix_hit_tokens"] == 272
+        warm = engine.generate(requests)
+        assert warm.details["prefix_hit_tokens"] == hits
         if kernel == "triton":  # the same checks as with torch, in an interpreter
             return
         write = engine.core.model.operators.paged_write
