@@ -34,7 +34,7 @@ from helpers.serving import TINY, Serving, certificate, serving, tensors_of, tin
 from tritonclient.utils import InferenceServerException
 
 from grbench.config.arguments import CommandError
-from grbench.serve import replicas
+from grbench.serve import replicas, server
 from grbench.serve.haproxy import OWNER_HEADER, Address, Proxy, configuration
 from grbench.serve.options import ServeConfig, parse
 from grbench.serve.replicas import Replica, words_of
@@ -306,6 +306,33 @@ def test_a_replica_listens_where_haproxy_reaches_it_and_reads_its_words_once(
     monkeypatch.setattr(replicas, "parse", lambda words: (reads.append(words), parse(words))[1])
     replica = Replica(1, words_of(["serve.host=0.0.0.0"], ServeConfig(), 1), None, is_spread)
     assert replica.address() == replica.address() == Address(1, host, 8100, 8101) and len(reads) == 1
+
+
+@pytest.mark.parametrize(
+    "outcome, restarted, ends",
+    [(0, False, False), (1, False, True), (RuntimeError("no GPU"), True, True), (RuntimeError("no GPU"), False, None)],
+)
+def test_the_process_of_a_replica_ends_where_another_one_may_serve(
+    monkeypatch: pytest.MonkeyPatch, outcome: int | RuntimeError, restarted: bool, ends: bool | None
+) -> None:
+    """Ray then starts another. An error of the first start is the command's, and ends it."""
+    known = SimpleNamespace(was_current_actor_reconstructed=restarted)
+    ray = SimpleNamespace(is_initialized=lambda: True, get_runtime_context=lambda: known)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+
+    async def serve(*given: Any) -> int:
+        if isinstance(outcome, RuntimeError):
+            raise outcome
+        return outcome
+
+    codes: list[int] = []
+    monkeypatch.setattr(server, "serve", serve)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    [port] = free_ports(1)
+    words = words_of(["engine=hstu"], ServeConfig(replica_port=port, grpc_port=None), 1)
+    with pytest.raises(RuntimeError, match="no GPU") if ends is None else contextlib.nullcontext():
+        asyncio.run(Replica(1, words, None, False).run())
+    assert codes == ([1] if ends else [])
 
 
 def test_a_replica_finds_ones_own_groups(tmp_path: Path) -> None:
