@@ -34,7 +34,7 @@ from helpers.serving import TINY, Serving, certificate, serving, tensors_of, tin
 from tritonclient.utils import InferenceServerException
 
 from grbench.config.arguments import CommandError
-from grbench.serve import replicas, server
+from grbench.serve import replicas
 from grbench.serve.haproxy import OWNER_HEADER, Address, Proxy, configuration
 from grbench.serve.options import ServeConfig, parse
 from grbench.serve.replicas import Replica, words_of
@@ -326,7 +326,7 @@ def test_the_process_of_a_replica_ends_where_another_one_may_serve(
         return outcome
 
     codes: list[int] = []
-    monkeypatch.setattr(server, "serve", serve)
+    monkeypatch.setattr("grbench.serve.server.serve", serve)
     monkeypatch.setattr(os, "_exit", codes.append)
     [port] = free_ports(1)
     words = words_of(["engine=hstu"], ServeConfig(replica_port=port, grpc_port=None), 1)
