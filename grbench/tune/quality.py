@@ -85,14 +85,20 @@ class Qualities:
         return allowed if self.evaluates(configuration, probe) else [*allowed, NONE]
 
     def learn(self, configuration: Configuration, folder: Path, record: RunRecord) -> None:
-        """Take the quality that a record has; all configurations that answer the same have it."""
+        """Take the quality that a record has; all configurations that answer the same have it.
+
+        That of an earlier record with another number of requests is not what this search asks for.
+        """
         found, key = quality_metrics(record), self._alike[configuration]
+        asked = record.spec["gate"].get("quality_requests")
+        if asked and asked != self._asked(configuration):
+            return
         if found:
             self._metrics[key] = found
             ends = {name: its for name, its in record.intervals.items() if name.startswith("quality/")}
             self._ends[key] = {as_limited(name): its for name, its in ends.items()}
             self._evaluated[key] = folder, record.spec["seed"]
-        elif record.ok and record.spec["gate"].get("quality_requests"):
+        elif record.ok and asked:
             self._metrics.setdefault(key, {})
 
     def metrics(self, configuration: Configuration) -> dict[str, float]:
@@ -139,7 +145,12 @@ class Qualities:
         """Return True for an earlier measurement without the quality that the search reads: it is measured again."""
         if not record.ok or self.metrics(configuration):
             return False
-        return self._limited or (self.reads(configuration) and record.spec["gate"]["quality_requests"] == 0)
+        asked = record.spec["gate"]["quality_requests"]
+        return self._limited or (self.reads(configuration) and asked != self._asked(configuration))
+
+    def _asked(self, configuration: Configuration) -> int:
+        """Return of how many requests the quality is."""
+        return self._specs[configuration].gate.quality_requests
 
     def loss_unknown(self, configuration: Configuration) -> bool:
         """Return True if a limit asks for a loss against the default configuration, and that one has no quality."""

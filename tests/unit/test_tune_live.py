@@ -582,6 +582,20 @@ def test_records_without_quality_are_taken_over_only_where_it_is_not_read(tmp_pa
     assert NO_QUALITY in measures.words(other, SERVER)
 
 
+@pytest.mark.parametrize("words", [["engine.precision=bf16"], ["objective=pareto"]])
+def test_quality_of_another_number_of_requests_is_evaluated_again(tmp_path: Path, words: list[str]) -> None:
+    """Its users are others, and their number decides the interval."""
+    few, words = ["gate.quality_requests=100"], [*RANKER, "model.tasks=[rated,liked]", *words]
+    [default] = configurations = [Configuration((("scenario.max_batch", "1"),))]
+    first = evaluator(Measured(tmp_path, {}), tmp_path, *words, *few, configurations=configurations)
+    keep(tmp_path / "cell", first.words(default, OFFLINE), **{"quality/auc": 0.7})
+    for more, same in ((few, True), ([], False), (["gate.quality_requests=0"], False)):
+        later = evaluator(Measured(tmp_path, {}), tmp_path, *words, *more, configurations=configurations)
+        assert len(later.known(default)) == (same or NO_QUALITY in more)
+        assert later.quality(default) == ({"quality/auc": 0.7} if same else {})
+        assert (NO_QUALITY in later.words(default, OFFLINE)) is (same or NO_QUALITY in more)
+
+
 @pytest.mark.parametrize("typed", [[], ["scenario.max_wait_ms=4"]])
 def test_offline_probes_of_earlier_searches_are_taken_over(tmp_path: Path, typed: list[str]) -> None:
     """The default of the longest wait of a batch differs between the scenarios."""
