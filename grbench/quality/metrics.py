@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -95,7 +94,7 @@ def _resampled_means(figures: Sequence[Floats], seed: int) -> Floats:
     if not figures:
         return np.empty((0, RESAMPLES))
     columns = np.stack(figures, axis=1)  # [users, figures]
-    blocks = [w @ columns / w.sum(1, keepdims=True) for w in resamples(len(columns), seed, 1)]
+    blocks = [w @ columns / w.sum(1, keepdims=True) for w in resamples(len(columns), seed)]
     drawn: Floats = np.concatenate(blocks).T
     return drawn
 
@@ -127,7 +126,7 @@ class Scored:
         ne is the log loss over that of always predicting the share of positives. Without both labels auc is 0.5 and ne
         is 1. accuracy is the share of candidates whose probability is on the right side of 0.5, as in MLPerf.
         """
-        return {name: float(value(np.ones((1, len(self.scores))))[0]) for name, value in self._weighted().items()}
+        return {name: float(values[0]) for name, values in self._weighted()(np.ones((1, self._owners))).items()}
 
     def estimates(self, seed: int = 0) -> dict[str, Estimate]:
         """Return the figures with their intervals over users."""
@@ -149,48 +148,71 @@ class Scored:
     def resampled(self, seed: int) -> dict[str, Floats]:
         """Return each figure of each resample."""
         weighted, found = self._weighted(), dict[str, list[Floats]]()
-        for users in resamples(int(self.users.max()) + 1, seed, len(self.scores)):
-            for name, value in weighted.items():
-                found.setdefault(name, []).append(value(users[:, self.users]))
+        for users in resamples(self._owners, seed):
+            for name, values in weighted(users).items():
+                found.setdefault(name, []).append(values)
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
-    def _weighted(self) -> dict[str, Callable[[Floats], Floats]]:
-        """Return functions from weights [R, candidates] to the figure of each row."""
-        z = np.where(self.positive, -self.scores, self.scores)
-        losses, truth = np.logaddexp(0.0, z), self.positive.astype(np.float64)
-        right = (self.positive == (self.scores > 0)).astype(np.float64)
-        both = _with_both(self.positive, self.requests)
-        inner = _areas_within(self.scores, self.positive, self.requests)
-        first = np.flatnonzero(np.r_[True, np.diff(self.requests) != 0])
+    @property
+    def _owners(self) -> int:
+        return int(self.users.max()) + 1
 
-        def entropy_of(w: Floats) -> Floats:
-            total = w.sum(1)
-            share = w @ truth / total
+    def _weighted(self) -> Callable[[Floats], dict[str, Floats]]:
+        """Return a function from weights [R, users] to the figures of each row.
+
+        All but the AUC are made of sums over a user's candidates, so no row is as long as there are candidates.
+        """
+        z, count = np.where(self.positive, -self.scores, self.scores), self._owners
+        right = self.positive == (self.scores > 0)
+        first = np.flatnonzero(np.r_[True, np.diff(self.requests) != 0])
+        inner, both = _areas_within(self.scores, self.positive, self.requests)
+        sums = np.stack(
+            [
+                *(np.bincount(self.users, x, count) for x in (None, self.positive, np.logaddexp(0.0, z), right)),
+                *(np.bincount(self.users[first][both], x, count) for x in (None, inner[both])),
+            ],
+            axis=1,
+        )
+        above = self._above()
+
+        def figures(w: Floats) -> dict[str, Floats]:
+            total, positives, losses, rights, requests, areas = (w @ sums).T
+            pairs = positives * (total - positives)
+            share = positives / total
             mixed = (share > 0) & (share < 1)
             p = np.where(mixed, share, 0.5)
             base = -(p * np.log(p) + (1 - p) * np.log(1 - p))
-            return np.where(mixed, w @ losses / total / base, 1.0)
+            return {
+                "auc": np.where(pairs > 0, above(w) / np.maximum(pairs, 1e-12), 0.5),
+                "gauc": areas / np.maximum(requests, 1e-12) if both.any() else np.full(len(w), 0.5),
+                "ne": np.where(mixed, losses / total / base, 1.0),
+                "accuracy": rights / total,
+            }
 
-        def within(w: Floats) -> Floats:
-            its = w[:, first[both]]
-            return its @ inner[both] / np.maximum(its.sum(1), 1e-12) if both.any() else np.full(len(w), 0.5)
+        return figures
 
-        def accuracy(w: Floats) -> Floats:
-            share: Floats = w @ right / w.sum(1)
-            return share
+    def _above(self) -> Callable[[Floats], Floats]:
+        """Return a function from weights [R, users] to the negatives below each positive in each row, ties as halves.
 
+        Scores are sorted once. A row then takes a running sum over the negatives, and with more rows than users one of
+        each user alone is enough, from which every row is a sum over pairs of users.
+        """
         order = np.argsort(self.scores, kind="stable")
-        starts = np.flatnonzero(np.r_[True, np.diff(self.scores[order]) != 0])  # of each group of equal scores
+        scores, positive, users = self.scores[order], self.positive[order], self.users[order]
+        winners, losers, count = users[positive], users[~positive], self._owners
+        low, high = (np.searchsorted(scores[~positive], scores[positive], side) for side in ("left", "right"))
 
-        def area(w: Floats) -> Floats:
-            ordered, positive = w[:, order], self.positive[order]
-            p = np.add.reduceat(ordered * positive, starts, axis=1)
-            n = np.add.reduceat(ordered * ~positive, starts, axis=1)
-            above = (p * (n.cumsum(1) - 0.5 * n)).sum(1)
-            pairs = p.sum(1) * n.sum(1)
-            return np.where(pairs > 0, above / np.maximum(pairs, 1e-12), 0.5)
+        def below(weights: Floats) -> np.ndarray:
+            """Return the weight of the negatives below each user's positives."""
+            running = np.r_[0.0, weights[losers].cumsum()]
+            return np.bincount(winners, (running[low] + running[high]) / 2, count)
 
-        return {"auc": area, "gauc": within, "ne": entropy_of, "accuracy": accuracy}
+        def above(w: Floats) -> Floats:
+            its = w @ np.stack([*map(below, np.eye(count))]) if len(w) > count else np.stack([*map(below, w)])
+            counted: Floats = (its * w).sum(1)
+            return counted
+
+        return above
 
 
 def area_under_curve(scores: npt.ArrayLike, positive: Bools) -> float:
@@ -205,10 +227,10 @@ def area_under_curve(scores: npt.ArrayLike, positive: Bools) -> float:
     return float((ranks[positive].sum() - p * (p + 1) / 2) / (p * n))
 
 
-def resamples(users: int, seed: int, numbers: int) -> Iterator[Floats]:
-    """Yield blocks of weights [some, users], RESAMPLES rows in all. numbers: that the caller has for each row."""
+def resamples(users: int, seed: int) -> Iterator[Floats]:
+    """Yield blocks of weights [some, users], RESAMPLES rows in all."""
     rng = np.random.default_rng([seed, 3])
-    size = max(min(_NUMBERS // max(users, numbers), RESAMPLES), 1)
+    size = max(min(_NUMBERS // users, RESAMPLES), 1)
     for begin in range(0, RESAMPLES, size):
         weights = rng.poisson(1.0, (min(size, RESAMPLES - begin), users)).astype(np.float64)
         weights[weights.sum(1) == 0] = 1.0  # nobody was drawn, which happens to very few users only
@@ -228,13 +250,17 @@ def _loss(name: str, found: Floats, reference: Floats) -> Floats:
     return lost if name == "ne" else -lost
 
 
-def _with_both(positive: Bools, requests: Ints) -> Bools:
-    """Return for each request whether it has positives and negatives."""
-    counts, positives = np.bincount(requests), np.bincount(requests, positive)
-    return (positives > 0) & (positives < counts)
-
-
-def _areas_within(scores: Floats, positive: Bools, requests: Ints) -> Floats:
-    """Return the AUC within each request."""
-    bounds = np.searchsorted(requests, np.arange(int(requests[-1]) + 2))
-    return np.array([area_under_curve(scores[a:b], positive[a:b]) for a, b in pairwise(bounds)])
+def _areas_within(scores: Floats, positive: Bools, requests: Ints) -> tuple[Floats, Bools]:
+    """Return the AUC within each request, and whether it has positives and negatives, without which there is none."""
+    order = np.lexsort((scores, requests))
+    scores, positive, requests = scores[order], positive[order], requests[order]
+    place = np.arange(len(scores))
+    tied = np.r_[False, (np.diff(scores) == 0) & (np.diff(requests) == 0)]
+    equal = np.bincount(group := (~tied).cumsum() - 1)
+    ranks = (place[~tied] + (equal - 1) / 2)[group]  # of all requests together, from 0
+    counts, p = np.bincount(requests), np.bincount(requests, positive)
+    n = counts - p
+    first = counts.cumsum() - counts
+    above = np.bincount(requests, ranks * positive) - p * first - p * (p - 1) / 2
+    both = (p > 0) & (n > 0)
+    return np.where(both, above / np.maximum(p * n, 1), 0.5), both

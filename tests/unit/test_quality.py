@@ -111,13 +111,46 @@ def test_figures_of_scores_are_those_of_scikit_learn() -> None:
     same = Scored.of(scores, [np.ones(12, np.bool_)] * 50, users).figures()
     assert same == {"auc": 0.5, "gauc": 0.5, "ne": 1.0, "accuracy": np.mean(logits > 0)}
     people, owner = np.unique(users, return_inverse=True)
-    block = next(metrics.resamples(len(people), 0, 600))
+    block = next(metrics.resamples(len(people), 0))
     drawn = found.resampled(0)
     for row in (0, 7):  # a resample is the data with each user as often as drawn
         times = block[row].astype(int)[owner]
         many = [i for i, n in enumerate(times) for _ in range(n)]
         again = Scored.of([scores[i] for i in many], [labels[i] for i in many], [users[i] for i in many]).figures()
         assert {name: drawn[name][row] for name in again} == pytest.approx(again)
+
+
+@pytest.mark.parametrize("numbers", [1 << 20, 60])  # of a block: more rows than users, and fewer
+@pytest.mark.parametrize("seed", range(4))
+def test_resampled_figures_are_those_of_all_pairs_of_candidates(
+    seed: int, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "_NUMBERS", numbers)
+    rng = np.random.default_rng(seed)
+    users, lengths = rng.integers(12, size=30), rng.integers(1, 7, size=30)
+    labels = [rng.random(n) < rng.choice([0.0, 0.3, 1.0]) for n in lengths]  # of one kind alone in many
+    scores = [np.round(rng.standard_normal(n) + one).astype(np.float32) for n, one in zip(lengths, labels, strict=True)]
+    drawn = Scored.of(scores, labels, users.tolist()).resampled(seed)
+    owners = np.unique(users, return_inverse=True)[1]
+    weights = np.concatenate([*metrics.resamples(owners.max() + 1, seed)])[:, owners]  # [R, requests]
+    w, z, truth = np.repeat(weights, lengths, axis=1), np.concatenate(scores), np.concatenate(labels)
+    won = (z[:, None] > z) + 0.5 * (z[:, None] == z)
+    pairs = np.outer(truth, ~truth)
+    inner = np.array([metrics.area_under_curve(*its) for its in zip(scores, labels, strict=True)])
+    both = np.array([0 < its.sum() < len(its) for its in labels])
+    share = w @ truth / w.sum(1)
+    loss = np.log1p(np.exp(np.where(truth, -z, z).astype(np.float64)))
+    with np.errstate(divide="ignore", invalid="ignore"):  # few users are drawn, at times with labels of one kind
+        expected = {
+            "auc": np.nan_to_num(((w @ (won * pairs)) * w).sum(1) / ((w @ pairs) * w).sum(1), nan=0.5),
+            "gauc": np.nan_to_num(weights @ (inner * both) / (weights @ both), nan=0.0),
+            "ne": np.nan_to_num(
+                w @ loss / w.sum(1) / -(share * np.log(share) + (1 - share) * np.log(1 - share)), nan=1.0
+            ),
+            "accuracy": w @ (truth == (z > 0)) / w.sum(1),
+        }
+    for name, figures in expected.items():
+        np.testing.assert_allclose(drawn[name], figures, rtol=1e-12)
 
 
 @pytest.mark.parametrize("share", [0.07, 0.5])
