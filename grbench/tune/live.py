@@ -244,6 +244,7 @@ class LiveEvaluator:
                 outcome.within = f"{limit_s:g} s" + (f" ({part}); a longer budget or {more}" if part else f"; {more}")
                 if self._is_first(*key):  # what the default compiles others find
                     self._starts.add(key[0], record.duration_s)
+                self._qualities.give_up(*key)
             if not kept:
                 self._cells += 1
                 if not key[1].seed:

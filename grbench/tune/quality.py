@@ -40,6 +40,7 @@ class Qualities:
         self._metrics: dict[str, dict[str, float]] = {}  # by `alike`; {}: it was evaluated, and there is none
         self._ends: dict[str, dict[str, list[float]]] = {}  # their intervals
         self._evaluated: dict[str, tuple[Path, int]] = {}  # folder and seed of the cell that has them
+        self._late: set[str] = set()  # those of which a probe did not end in time
         limits = declared.goal.limits
         self._loss_limited = any(is_loss(limit.metric) for limit in limits)
         self._limited = any(limit.metric.startswith("quality/") for limit in limits)
@@ -70,9 +71,18 @@ class Qualities:
         return probe.quality or (self.reads(configuration) and self.due(configuration))
 
     def due(self, configuration: Configuration) -> bool:
-        """Return True for trained weights that no cell has evaluated, unless the command leaves that out."""
-        known = self._alike[configuration] in self._metrics
-        return self.trained(configuration) and self._requests != "0" and not known
+        """Return True for trained weights that no cell has evaluated, unless the command leaves that out.
+
+        Those that took too long are due no more, unless a limit needs them.
+        """
+        key = self._alike[configuration]
+        ended = key in self._metrics or (key in self._late and not self._limited)
+        return self.trained(configuration) and self._requests != "0" and not ended
+
+    def give_up(self, configuration: Configuration, probe: Probe) -> None:
+        """Note that a probe did not end in time: each of those that answer the same would take as long."""
+        if self.evaluates(configuration, probe):
+            self._late.add(self._alike[configuration])
 
     def words(self, configuration: Configuration, probe: Probe) -> list[str]:
         """Return the overrides by which the cell of a probe evaluates the quality, or leaves it out.
@@ -164,6 +174,8 @@ class Qualities:
         """Return why trained weights have no figures."""
         if self._requests == "0":
             return f"{NONE} leaves it out"
+        if self._alike[configuration] in self._late:
+            return "the probe that was to evaluate it took too long; gate.quality_requests=100 evaluates fewer requests"
         if self._alike[configuration] in self._metrics:
             return "the workload does not say which answers are right, or has no requests later than the training"
         return "what computes in fp32 is evaluated only after its certification"

@@ -497,6 +497,20 @@ def test_the_seconds_of_an_evaluation_are_no_start(tmp_path: Path) -> None:
     assert measures._options(run, other, OFFLINE).runner.timeout_s == 150.0
 
 
+@pytest.mark.parametrize("limit", [[], ["quality.auc_loss=0.1%"]])
+def test_an_evaluation_that_takes_too_long_is_begun_once(tmp_path: Path, limit: list[str]) -> None:
+    """Each load would take half of the budget again. A limit needs it all the same."""
+    default, other = loads = [Configuration((("scenario.max_batch", size),)) for size in ("1", "4")]
+    measured = Measured(tmp_path, {0: (Status.TIMEOUT, 0.0, 0.0)})
+    words = [*RANKER, "engine.precision=bf16", "budget=300s", *limit]
+    measures = evaluator(measured, tmp_path / "none", *words, configurations=loads)
+    found = measures.evaluate(other, OFFLINE)
+    assert found.status == "TIMEOUT" and found.error.endswith(HALF)
+    assert (NO_QUALITY in measures.words(default, OFFLINE)) is (not limit)
+    assert measures._qualities.due(default) is bool(limit)
+    assert measures._qualities.why_none(default).startswith("the probe that was to evaluate it took too long; ")
+
+
 def test_a_window_is_compared_with_the_default_without_a_limit(tmp_path: Path) -> None:
     """Both are evaluated, once each; what answers as the default does needs nothing."""
     kernels = [Configuration((("kernel", name),)) for name in ("auto", "torch")]
