@@ -135,7 +135,7 @@ class Service:
             await asyncio.to_thread(self.traces.close)
 
     async def _watch(self) -> None:
-        """Look for batches that take too long, and whether anything can serve yet, for ever."""
+        """Look for batches that take too long, and whether only another process can serve, for ever."""
         while True:
             await asyncio.sleep(WATCH_S)
             for controller in self._controllers:
