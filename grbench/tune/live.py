@@ -308,23 +308,27 @@ class LiveEvaluator:
 
     def _usable_records(self, configuration: Configuration) -> list[tuple[Path, RunRecord]]:
         """Return the earlier records of a configuration that this code on such a machine would make again."""
-        if configuration not in self._usable:
-            spec = self._specs[configuration]
-            values, files = spec.to_dict(), spec.file_contents()
-            offline = values | {"scenario": {**values["scenario"], "name": "offline"}}
-            earlier = [its for one in (values, offline) for its in self._earlier.get(_strategy(one, files), [])]
-            here = describe_environment(spec.packages) | self._machine if earlier else {}
-            self._usable[configuration] = [
-                (folder, record)
-                for folder, record in earlier
-                if (record.ok or record.status in KNOWN_FAILURES)
-                and record.spec["scenario"].get("mode") != "accuracy"  # its arrivals are LoadGen's for another purpose
-                and not environment_difference(record.environment, here)
-            ]
-            for folder, record in self._usable[configuration]:  # one that lacks quality may come before one that has it
-                self._qualities.learn(configuration, folder, record)
-                self._evaluations += [record.metrics[EVALUATING]] if EVALUATING in record.metrics else []
+        if not self._usable:  # those of all, because one that lacks quality may come before one that has it
+            self._usable = {its: self._find_usable(its) for its in self._specs}
+            for its, found in self._usable.items():
+                for folder, record in found:
+                    self._qualities.learn(its, folder, record)
+                    self._evaluations += [record.metrics[EVALUATING]] if EVALUATING in record.metrics else []
         return self._usable[configuration]
+
+    def _find_usable(self, configuration: Configuration) -> list[tuple[Path, RunRecord]]:
+        spec = self._specs[configuration]
+        values, files = spec.to_dict(), spec.file_contents()
+        offline = values | {"scenario": {**values["scenario"], "name": "offline"}}
+        earlier = [its for one in (values, offline) for its in self._earlier.get(_strategy(one, files), [])]
+        here = describe_environment(spec.packages) | self._machine if earlier else {}
+        return [
+            (folder, record)
+            for folder, record in earlier
+            if (record.ok or record.status in KNOWN_FAILURES)
+            and record.spec["scenario"].get("mode") != "accuracy"  # its arrivals are LoadGen's for another purpose
+            and not environment_difference(record.environment, here)
+        ]
 
     def certifying(self, configuration: Configuration) -> Sequence[tuple[Probe, Outcome]]:
         if self._qualities.loss_unknown(configuration):

@@ -596,6 +596,19 @@ def test_records_without_quality_are_taken_over_only_where_it_is_not_read(tmp_pa
     assert NO_QUALITY in measures.words(other, SERVER)
 
 
+def test_a_record_counts_if_a_later_configuration_that_answers_the_same_has_the_quality(tmp_path: Path) -> None:
+    """A search evaluates the first of them that it asks, which need not be the first of the space."""
+    one, four = loads = [Configuration((("scenario.max_batch", size),)) for size in ("1", "4")]
+    words = [*RANKER, "model.tasks=[rated,liked]", "engine.precision=bf16"]
+    first = evaluator(Measured(tmp_path, {}), tmp_path, *words, configurations=loads)
+    evaluated = first.words(four, OFFLINE)
+    keep(tmp_path / "1", evaluated, **{"quality/auc": 0.7})
+    keep(tmp_path / "2", [*first.words(one, OFFLINE), NO_QUALITY])
+    later = evaluator(Measured(tmp_path, {}), tmp_path, *words, configurations=loads)
+    [(probe, outcome)] = later.known(one)
+    assert probe == OFFLINE and outcome.metrics["quality/auc"] == 0.7 and NO_QUALITY not in evaluated
+
+
 @pytest.mark.parametrize("words", [["engine.precision=bf16"], ["objective=pareto"]])
 def test_quality_of_another_number_of_requests_is_evaluated_again(tmp_path: Path, words: list[str]) -> None:
     """Its users are others, and their number decides the interval."""
