@@ -27,6 +27,7 @@ from grbench.gate.accuracy import DataSet
 from grbench.gate.base import Gate
 from grbench.gate.measured import MeasuredAnswers
 from grbench.gate.rank import coarsest
+from grbench.quality.references import FOLDER, References
 from grbench.scenarios import Measurement
 from grbench.scenarios.config import is_accuracy, issued, largest_batch
 from grbench.scenarios.growth import HopelessError
@@ -196,6 +197,7 @@ class Cell:
     def _check_quality(self, built: Built) -> None:
         """Compute the quality of trained weights. A precision that loses too much ends the cell."""
         actual, engine, trace = self.outcome.actual, built.engine, built.trace
+        references = References(self.folder.parent / FOLDER, self.outcome.code)
         found: tuple[quality.Quality | quality.ListQuality | None, quality.QualityFigures] | None
 
         def watching(what: str) -> Callable[..., None]:
@@ -208,11 +210,9 @@ class Cell:
 
         if self.spec.task == "rank":
             ranker, precision, device = cast(Ranker, engine), coarsest(actual), actual["device"]
-            found = quality.measure(self._prepared, trace, ranker, precision, device, watching)
+            found = quality.measure(self._prepared, trace, ranker, precision, device, references, watching)
         else:
-            found = quality.measure_lists(
-                self._prepared, trace, engine, built.retrieval, actual, built.references, watching
-            )
+            found = quality.measure_lists(self._prepared, trace, engine, built.retrieval, actual, references, watching)
         if found is None:
             return
         beside, self._quality = found

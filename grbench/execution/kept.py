@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from grbench.config.schema import RunSpec
 
 if TYPE_CHECKING:
     from grbench.gate.base import Gate
-    from grbench.quality.metrics import Ints
     from grbench.workloads.trace import Trace
     from grengines.api import Engine, Retrieval
 
@@ -25,10 +24,7 @@ GATE = ("requests", "max_error_ratio")  # options that the reference's answers d
 
 @dataclass(frozen=True)
 class Built:
-    """A prepared engine, its trace, and the gate of its answers. cells: measured with it before.
-
-    references: answers of the fp32 reference to users whose last item is to be found, by gate.quality_requests.
-    """
+    """A prepared engine, its trace, and the gate of its answers. cells: measured with it before."""
 
     trace: Trace
     retrieval: Retrieval | None
@@ -37,7 +33,6 @@ class Built:
     gate: Gate | None = None
     gate_mib: float = 0.0  # that the gate holds on the GPU
     cells: int = 0
-    references: dict[int, list[Ints]] = field(default_factory=dict)
 
 
 class KeptEngine:

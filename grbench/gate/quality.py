@@ -27,6 +27,7 @@ from grbench.quality.lists import Lists
 from grbench.quality.metrics import Estimate, Floats, Ints, estimate_of
 from grbench.quality.protocol import LeaveOneOut
 from grbench.quality.rankings import NONE_LATER, Rankings
+from grbench.quality.references import References
 from grbench.workloads.config import DrawnConfig
 from grbench.workloads.trace import Trace
 from grengines.api import Engine, Float32Array, Ranker, Retrieval
@@ -151,13 +152,19 @@ def _advice(precision: str) -> str:
 
 
 def measure(
-    spec: RunSpec, trace: Trace, engine: Ranker, precision: str, device: str, watching: Watching = unwatched
+    spec: RunSpec,
+    trace: Trace,
+    engine: Ranker,
+    precision: str,
+    device: str,
+    references: References,
+    watching: Watching = unwatched,
 ) -> tuple[Quality | None, QualityFigures] | None:
     """Return the quality of the engine's scores beside the reference's, and the figures of the record.
 
-    precision: the coarsest of the engine. watching: shows how far the answers are. The result is None without a ground
-    truth: for random weights, without labels, or with gate.quality_requests=0. If no request is later than the
-    training, there is only a note that says so.
+    precision: the coarsest of the engine. references: has the reference's answers, or keeps them. watching: shows how
+    far the answers are. The result is None without a ground truth: for random weights, without labels, or with
+    gate.quality_requests=0. If no request is later than the training, there is only a note that says so.
     """
     model = spec.ranking_model
     if model.weights is None or not spec.gate.quality_requests:
@@ -168,14 +175,20 @@ def measure(
         return (None, QualityFigures({}, {}, [f"no quality: {NONE_LATER}"])) if labelled else None
     from grengines.models.hstu.reference import RankingReference
 
-    show, requests, expected = watching(EXACT), rankings.requests, list[Float32Array]()
-    reference = RankingReference(model, trace.catalogue, spec.seed, device)
-    for begin in range(0, len(requests), AT_ONCE):
-        expected += reference.scores(requests[begin : begin + AT_ONCE])
-        show(len(expected), len(requests))
+    requests = rankings.requests
+
+    def exact() -> list[Float32Array]:
+        show, scores = watching(EXACT), list[Float32Array]()
+        reference = RankingReference(model, trace.catalogue, spec.seed, device)
+        for begin in range(0, len(requests), AT_ONCE):
+            scores += reference.scores(requests[begin : begin + AT_ONCE])
+            show(len(scores), len(requests))
+        return scores
+
+    expected = references.of(spec, trace.catalogue, None, device, requests, exact)
     found, _ = rankings.ask(engine, spec.scenario.max_batch, spec.cache.name != "none", watching(ANSWERS))
     popular = _of_popular(spec, trace, engine, watching)
-    watching(INTERVALS)  # seconds, in which nothing is asked
+    watching(INTERVALS)  # of many users they take seconds, in which nothing is asked
     losses = rankings.losses(found, expected)
     beside = {f"loss/{name}": loss for name, loss in losses.items()} | popular
     figures = QualityFigures.of(rankings.estimates(found) | beside, rankings.baselines(), rankings.notes)
@@ -213,7 +226,7 @@ def compare(
 ) -> Quality:
     """Return the quality of `found` and `expected`: logits [candidates, tasks] of each request.
 
-    losses: `rankings.losses` of the two, where they are known; they take seconds.
+    losses: `rankings.losses` of the two, where they are known.
     """
     overlaps = [np.isin(best(f), best(e)).mean() for f, e in zip(found, expected, strict=True) if len(e)]
     truth = np.concatenate(rankings.labels)
@@ -283,16 +296,15 @@ def measure_lists(
     engine: Engine,
     retrieval: Retrieval | None,
     actual: dict[str, Any],
-    references: dict[int, list[Ints]],
+    references: References,
     watching: Watching = unwatched,
 ) -> tuple[ListQuality | None, QualityFigures] | None:
     """Return HR@10 beside the reference's, and the figures of the record, leave one out over some users.
 
     The lists are those of the run: of `retrieval.k` items, with the user's past and without it. The reference is the
-    same model in fp32; a decoder has none, and the reference itself is not compared. actual: what ran. references: the
-    reference's answers by gate.quality_requests, which cells of one engine share; what is lacking is added. The result
-    is None without a ground truth: for random weights or synthetic events. `grbench evaluate` asks about all users, for
-    longer lists.
+    same model in fp32; a decoder has none, and the reference itself is not compared. actual: what ran. references: has
+    the reference's answers, or keeps them. The result is None without a ground truth: for random weights or synthetic
+    events. `grbench evaluate` asks about all users, for longer lists.
     """
     trained = spec.retrieval is not None and spec.retrieval.weights is not None
     if spec.task == "recommend":
@@ -307,10 +319,12 @@ def measure_lists(
     if is_exact(actual):
         losses = lists.losses(answers, answers)
     elif exact := in_fp32(spec, actual):
-        if (expected := references.get(spec.gate.quality_requests)) is None:
+
+        def asked() -> list[Ints]:
             with prepared(exact, trace.catalogue, retrieval, lists.requests) as reference:
-                expected = lists.ask(reference, exact.task, exact.scenario.max_batch, watching(EXACT))
-            references[spec.gate.quality_requests] = expected
+                return lists.ask(reference, exact.task, exact.scenario.max_batch, watching(EXACT))
+
+        expected = references.of(spec, trace.catalogue, retrieval, actual["device"], lists.requests, asked)
         theirs = lists.estimates(expected)
         losses = lists.losses(answers, expected)
         lost = losses.get("hr10")

@@ -257,7 +257,7 @@ def test_lists_in_eight_bits_have_the_hit_rate_of_fp32(
     assert "throughput_rps" not in record["metrics"]
 
 
-def test_cells_of_one_engine_share_the_lists_of_its_reference(
+def test_cells_of_a_sweep_share_the_lists_of_the_reference(
     grbench_here: Grbench, grbench_forked: Grbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built, prepared = tmp_path / "references", quality.prepared
@@ -268,7 +268,7 @@ def test_cells_of_one_engine_share_the_lists_of_its_reference(
         return prepared(*args)
 
     monkeypatch.setattr(quality, "prepared", counted)
-    words = [*pipeline_of(grbench_here, tmp_path), "engine.retrieve.precision=bf16", "runner.keep_engine=true"]
+    words = [*pipeline_of(grbench_here, tmp_path), "engine.retrieve.precision=bf16", "runner.keep_engine=false"]
     sweep = ["scenario.queries=20,30", "gate.quality_requests=40,25"]
     done = grbench_forked("-m", *words, *QUIET, "scenario=closed_loop", *sweep)
     assert done.returncode == 0, done.stderr
@@ -307,7 +307,9 @@ def test_a_pipeline_of_trained_models_has_its_quality_in_the_record(
     assert any("hr10_new" in note and "raise retrieval.k" in note for note in short["notes"])
 
 
-def test_a_ranker_learns_what_the_workload_labels_by_default(grbench_here: Grbench, tmp_path: Path) -> None:
+def test_a_ranker_learns_what_the_workload_labels_by_default(
+    grbench_here: Grbench, grbench_forked: Grbench, tmp_path: Path
+) -> None:
     walks(tmp_path)
     small = [*MODEL, *WORKLOAD, "workload.num_candidates=6"]
     done = grbench_here("train", *small, "training.epochs=2", "training.batch=8", "held_out=60", *QUIET, "out=ranker")
@@ -324,6 +326,13 @@ def test_a_ranker_learns_what_the_workload_labels_by_default(grbench_here: Grben
     assert 0 < abs(row["metrics"]["quality/loss/rated/ne"]) < 0.05
     share = int(re.search(r"(\d+)% of the histories of ranked requests were read from the KV cache", found.stdout)[1])
     assert share > 50
+
+    words = ["engine.precision=bf16,fp16", "gate.quality_requests=20", "gate.allow_loss=[bf16,fp16]"]
+    done = grbench_forked("-m", *typed, *words, *QUIET, "scenario=closed_loop", "scenario.queries=20")
+    assert done.returncode == 0, done.stderr
+    cells = [json.loads(file.read_text()) for file in (tmp_path / "outputs").rglob("record.json")]
+    assert len({cell["gate"]["quality"]["tasks"]["rated"]["auc_reference"] for cell in cells}) == 1 < len(cells)
+    [_] = (tmp_path / "outputs").rglob(".references/*")  # the second cell has asked for the same
 
     made = grbench_here("quantise", *typed, "gate.quality_requests=20", "--out", "small/e4m3.safetensors")
     assert made.returncode == 0, made.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from grbench.quality.lists import Lists
 from grbench.quality.metrics import Estimate, Scored
 from grbench.quality.protocol import TEST, VALIDATION, LeaveOneOut, without
 from grbench.quality.rankings import Rankings
+from grbench.quality.references import References
 from grbench.workloads.config import RecordedConfig
 from grbench.workloads.events import DataError, Events
 from grbench.workloads.trace import Trace, build_trace, find_visits
@@ -377,7 +379,7 @@ def test_a_ranker_that_may_know_the_last_events_has_no_quality_of_lists() -> Non
         ranking_model=SimpleNamespace(weights="none.st"),
     )
     trace: Any = None  # nothing is looked up in it, and no engine is asked
-    measured = quality.measure_lists(spec, trace, trace, None, {}, {})
+    measured = quality.measure_lists(spec, trace, trace, None, {}, References(Path(), None))
     assert measured is not None and measured[0] is None
     found = measured[1]
     assert not found.metrics and not found.intervals
