@@ -74,9 +74,11 @@ class Waiting:
 
     def remove(self, key: int) -> bool:
         """Remove the request of a ticket's key. Returns False if it does not wait."""
-        left = deque(ticket for ticket in self._queue if ticket.key != key)
-        found, self._queue = len(left) < len(self._queue), left
-        return found
+        for place, ticket in enumerate(reversed(self._queue), 1):  # a call that is refused takes its newest back
+            if ticket.key == key:
+                del self._queue[-place]
+                return True
+        return False
 
     @property
     def oldest(self) -> Ticket:

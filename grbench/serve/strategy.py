@@ -246,7 +246,7 @@ class Strategy:
     def withdraw(self, future: asyncio.Future[Done]) -> None:
         """Forget a request whose client has left, by its future, unless a batch has it already."""
         future.cancel()
-        key = next((key for key, one in self._held.items() if one.future is future), None)
+        key = next((key for key, one in reversed(self._held.items()) if one.future is future), None)
         if key is not None and self._batcher is not None and self._batcher.withdraw(key):
             self._release(key)
 

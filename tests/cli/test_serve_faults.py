@@ -323,15 +323,16 @@ def test_connections_too_many_are_refused_and_the_earlier_ones_are_served(
 
 
 def test_a_full_queue_refuses(tensors: dict[str, np.ndarray]) -> None:
-    words = [*TINY, "engine=faulty", "engine.label=full", "serve.max_queue=1", "serve.grpc_port=null"]
+    """A call that has room for one of its two users only leaves none of them there."""
+    words = [*TINY, "engine=faulty", "engine.label=full", "serve.max_queue=2", "serve.grpc_port=null"]
     with serving(*words) as server:
         FAULTS["full"] = "hang"
         waiting = threading.Thread(target=lambda: server.infer(tensors))
         waiting.start()
         wait_until(lambda: server.call("/status")[1]["pending"] == 1)
-        status, answer, headers = server.infer(tensors)
-        assert (status, answer["error"]) == (429, "1 requests wait already (serve.max_queue)")
-        assert headers["retry-after"]
+        status, answer, headers = server.infer(tensors_of(tiny_trace()[1].requests[:2]))
+        assert (status, answer["error"]) == (429, "2 requests wait already (serve.max_queue)")
+        assert headers["retry-after"] and server.call("/status")[1]["pending"] == 1
         FAULTS.clear()
         waiting.join()
 

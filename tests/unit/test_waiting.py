@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from itertools import accumulate
@@ -104,6 +105,14 @@ def test_similar_lengths_share_a_batch_with_the_oldest() -> None:
     assert waiting.most_passed == 2
     assert [t.request.request_id for t in waiting.take(3, 0.0)] == [1, 2, 4]
     assert [t.request.request_id for t in waiting.take(3, 0.0)] == [6]
+
+
+@pytest.mark.parametrize("key", [0, 2, 4])
+def test_a_request_is_taken_out_once(key: int) -> None:
+    waiting = Waiting(None, 8)
+    waiting.add(dataclasses.replace(ticket(i), key=i) for i in range(5))
+    assert waiting.remove(key) and not waiting.remove(key)
+    assert [t.key for t in waiting.take(8, 0.0)] == [i for i in range(5) if i != key]
 
 
 def test_a_request_is_not_passed_over_for_ever() -> None:
