@@ -14,6 +14,7 @@ from grbench.tune.trial import Batching, Goal, Trial, cost
 
 BOTTOM = rates.steps(20)  # steps below the offline rate at which a configuration is given up
 SIZES = {"scenario.max_batch", "scenario.max_wait_ms"}  # options that a batch's time depends on by its size alone
+NEAR = 0.25  # of a step, to which the simulated queue says what a configuration reaches: by whole ones many are equal
 ENDED_EARLY = ("TIMEOUT", "STOPPED")  # statuses of a rate that is too high
 
 
@@ -87,7 +88,8 @@ class Knowledge:
         if probe.rate is None:
             trial.offline = outcome
             trial.top = rates.step_below(outcome.metrics["throughput_rps"] * rates.RATIO)
-            trial.predicted = self._predict(trial)
+            for known in self._alike(trial):  # whose batches of other sizes were guessed until now
+                known.predicted = self._predict(known)
             verdict, limit = judge([limit for limit in self.goal.limits if limit.static], outcome)
         else:
             verdict, limit = judge(self.goal.limits, outcome)
@@ -98,22 +100,27 @@ class Knowledge:
             trial.violation = max(limit.excess(outcome) or 0.0, 1e-3)
         return None if probe.rate is None else verdict
 
-    def _predict(self, trial: Trial) -> int | None:
-        """Return the highest step at which the simulated queue keeps the latency limits, at most `trial.top`."""
+    def _predict(self, trial: Trial) -> float:
+        """Return the highest step, to NEAR, at which the simulated queue keeps the limits; at most `trial.top`."""
         assert trial.offline is not None and trial.top is not None
-        mine = self.batching[trial.configuration]
+        mine, top = self.batching[trial.configuration], float(trial.top)
         batches = [batch for other in self._alike(trial) for batch in other.offline.batches if other.offline]  # type: ignore[union-attr]
         batches = [(size, seconds) for size, seconds in batches if size <= mine.max_batch]
         bounds = [(limit.percent, limit.bound) for limit in self.goal.limits if limit.percent is not None]
         if not batches or not bounds:
-            return trial.top
+            return top
         times = BatchTimes(batches, trial.offline.metrics["throughput_rps"])
-        low, high = trial.top - BOTTOM, trial.top
-        while low < high:
-            step = (low + high + 1) // 2
+
+        def kept(step: float) -> bool:
             wait = (mine.max_batch, mine.max_wait_s, mine.in_flight)
-            kept = all(percentile_ms(times, rates.rate_of(step), percent, *wait) <= bound for percent, bound in bounds)
-            low, high = (step, high) if kept else (low, step - 1)
+            return all(percentile_ms(times, rates.RATIO**step, percent, *wait) <= bound for percent, bound in bounds)
+
+        low, high = top - BOTTOM, top
+        if kept(high):
+            return high
+        while high - low > NEAR:
+            middle = (low + high) / 2
+            low, high = (middle, high) if kept(middle) else (low, middle)
         return low
 
     def _alike(self, trial: Trial) -> list[Trial]:

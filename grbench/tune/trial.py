@@ -56,7 +56,7 @@ class Trial:
     configuration: Configuration
     offline: Outcome | None = None
     top: int | None = None  # highest step that the offline rate allows
-    predicted: int | None = None  # step that the simulated queue allows
+    predicted: float | None = None  # step that the simulated queue allows
     probes: dict[int, Outcome] = field(default_factory=dict)  # the last outcome at each step
     verdicts: dict[int, tuple[Verdict, Limit | None]] = field(default_factory=dict)
     certifying: dict[int, Outcome] = field(default_factory=dict)  # of runs at each step that certify, if within limits

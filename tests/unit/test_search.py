@@ -22,6 +22,7 @@ from grbench.config.schema import ConfigError
 from grbench.execution import energy, stats
 from grbench.report.page import Text
 from grbench.tune import answer, config, deploy, legal, limits, page, rates, session, space
+from grbench.tune import replay as replay_module
 from grbench.tune.certification import STEPS, Certificate, certify, recall, reserve
 from grbench.tune.knowledge import Knowledge
 from grbench.tune.limits import Limit, Verdict
@@ -1288,6 +1289,21 @@ def test_another_limit_is_answered_from_earlier_outcomes_alone() -> None:
     assert search.incumbent.best is not None and search.incumbent.best.intervals["latency_ms/p99"][1] <= 100
 
 
+def test_the_simulated_queue_learns_of_smaller_batches_that_another_configuration_has() -> None:
+    """Until then batches of 4 count as 0.4 of the time of 16. They take as long, so a queue of few requests waits."""
+    sizes = [Configuration((("scenario.max_batch", str(size)),)) for size in (16, 4)]
+    found = Knowledge(Goal("throughput", (P99,)), {c: Batching(size) for c, size in zip(sizes, (16, 4), strict=True)})
+    predicted = []
+    for size, configuration in zip((16, 4), sizes, strict=True):
+        trial = found.begin(configuration)
+        batches = [(size, 0.045 + 0.0001 * i) for i in range(32)]
+        found.note(trial, Probe(None, 512), Outcome("OK", {"throughput_rps": size / 0.0466}, batches=batches))
+        predicted.append(found.trials[0].predicted)
+    assert predicted[0] is not None and predicted[1] is not None
+    assert predicted[1] < predicted[0] - 1
+    assert predicted[0] % 1 or predicted[1] % 1, "whole steps make many configurations equal"
+
+
 def test_the_least_latency_at_a_rate() -> None:
     search = searched(Capacities(CAPACITY), Goal("latency", (), rate=90.0))
     assert search.incumbent is not None and search.incumbent.configuration == ALL[-1]
@@ -1437,9 +1453,22 @@ REPLAYED = Goal("throughput", (P99,), probe_s=6.0)
 
 @pytest.fixture(scope="module")
 def replayed() -> tuple[Grid, Truths]:
-    """Return a grid and what each of its configurations can do, which takes longer than a search of them."""
+    """Return a grid and what each of its configurations can do, of few runs: it takes longer than a search of them."""
     grid = made_up_grid()
-    return grid, {configuration: grid.truth(configuration, REPLAYED.limits) for configuration in grid.cells}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay_module, "RUNS", 3)
+        return grid, {configuration: grid.truth(configuration, REPLAYED.limits) for configuration in grid.cells}
+
+
+def test_the_truth_of_a_grid_is_kept_by_half_of_other_runs() -> None:
+    """Batches of very different lengths: the highest rate of a single run is off by up to a tenth."""
+    batches = [(16, 0.08 if i % 10 == 0 else 0.008) for i in range(100)]
+    only = Configuration((("kernel", "triton"),))
+    grid = Grid({"kernel": ["triton"]}, {only: Measured(16 / 0.0152, batches)}, {only: Batching(16)})
+    truth, bounds = grid.truth(only, (Limit("latency_ms/p99", 250.0),)), [(99.0, 250.0)]
+    others = [grid._highest(only, bounds, seed) for seed in range(100, 130)]
+    assert max(others) > 1.04 * min(others)
+    assert 8 <= sum(rate >= truth for rate in others) <= 22  # two standard errors of a share of half, and of the truth
 
 
 def test_a_replayed_search_comes_near_the_best_and_certifies_nothing_false(replayed: tuple[Grid, Truths]) -> None:
