@@ -18,12 +18,9 @@ Labels = npt.NDArray[np.bool_]
 
 def labels_of(trace: Trace, index: int, tasks: Sequence[str]) -> Labels | None:
     """Return bool [candidates, tasks] of a request; None if the workload does not label every task."""
-    if not set(tasks) <= set(trace.events.action_names):
+    names, (start, stop) = trace.events.action_names, trace.own[index]
+    if not set(tasks) <= set(names):
         return None
-    candidates, (start, stop) = trace.requests[index].candidates, trace.own[index]
-    items, actions = trace.events.items[start:stop], trace.events.actions[start:stop]
-    columns = []
-    for task in tasks:
-        done = (actions >> trace.events.action_names.index(task)) & 1 == 1
-        columns.append(np.isin(candidates, items[done]))
-    return np.stack(columns, axis=1)
+    done = trace.events.actions[start:stop, None] >> np.array([names.index(task) for task in tasks]) & 1 == 1
+    labels: Labels = (trace.requests[index].candidates[:, None] == trace.events.items[start:stop]) @ done
+    return labels
