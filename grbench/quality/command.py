@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -68,19 +69,20 @@ def main(words: Sequence[str]) -> int:
     found: list[tuple[str, Evaluation]] = []
     code = 0
     try:
-        for job in jobs:
-            name = " ".join(word for word in job.overrides if word not in common) or job.config[0].engine.name
-            try:
-                evaluation = _evaluated(name, job, wanted, args.users)
-                with signals.deferred():
-                    found.append((name, evaluation))
-                    if args.out:
-                        results.save(args.out, facts, [_row(*one) for one in found])
-            except UnavailableError as e:
-                _say(name, f"UNAVAILABLE: {e}")
-                code = 1
-            except (ValueError, OSError, IncorrectError) as e:
-                raise e if isinstance(e, CommandError) else CommandError(" ".join(str(e).split())) from e
+        with tempfile.TemporaryDirectory() as folder:  # for what the configurations share
+            for job in jobs:
+                name = " ".join(word for word in job.overrides if word not in common) or job.config[0].engine.name
+                try:
+                    evaluation = _evaluated(name, job, wanted, args.users, Path(folder))
+                    with signals.deferred():
+                        found.append((name, evaluation))
+                        if args.out:
+                            results.save(args.out, facts, [_row(*one) for one in found])
+                except UnavailableError as e:
+                    _say(name, f"UNAVAILABLE: {e}")
+                    code = 1
+                except (ValueError, OSError, IncorrectError) as e:
+                    raise e if isinstance(e, CommandError) else CommandError(" ".join(str(e).split())) from e
     except KeyboardInterrupt:
         lost = "the rest is lost, and the same command evaluates all again"
         _say("grbench evaluate", f"interrupted with {len(found)} of {len(jobs)} configurations done; {lost}")
@@ -93,15 +95,18 @@ def main(words: Sequence[str]) -> int:
     return code
 
 
-def _evaluated(name: str, job: Job, wanted: Wanted, users: int) -> Evaluation:
+def _evaluated(name: str, job: Job, wanted: Wanted, users: int, folder: Path) -> Evaluation:
+    """Evaluate one configuration. folder: has the reference's answers of those before."""
     from grbench.quality.evaluate import evaluate
+    from grbench.quality.references import References
 
     spec, run = job.config
     spec, lines = with_trained(spec, wanted, Path(run.runner.output_root), job.overrides)
     for line in lines:
         _say(name, line)
     screen = Console(stderr=True)
-    return evaluate(spec, users, partial(_say, name), lambda what: watch(screen, f"{name}: {what}"))
+    references = References(folder, "of this process")
+    return evaluate(spec, users, references, partial(_say, name), lambda what: watch(screen, f"{name}: {what}"))
 
 
 def _say(name: str, line: object) -> None:

@@ -24,6 +24,7 @@ from grbench.quality.lists import Lists
 from grbench.quality.metrics import CUTOFFS, Estimate
 from grbench.quality.protocol import LeaveOneOut
 from grbench.quality.rankings import NONE_LATER, Rankings
+from grbench.quality.references import References
 from grbench.workloads.config import DrawnConfig
 from grbench.workloads.events import Events
 from grbench.workloads.item_map import check_items
@@ -73,11 +74,12 @@ class Evaluation:
         return lines
 
 
-def evaluate(spec: RunSpec, users: int, report: Report, watching: Watching) -> Evaluation:
+def evaluate(spec: RunSpec, users: int, references: References, report: Report, watching: Watching) -> Evaluation:
     """Evaluate one configuration. users: how many are asked about; 0: all.
 
-    To rank, `gate.quality_requests` says how many requests are asked about. report: takes a line. watching: shows how
-    far the answers are. Raises ConfigError and UnavailableError.
+    To rank, `gate.quality_requests` says how many requests are asked about. references: has the answers of the model
+    in fp32, or keeps them. report: takes a line. watching: shows how far the answers are. Raises ConfigError and
+    UnavailableError.
     """
     check_truth(spec)
     if spec.task == "recommend" and (why := doubt_of_lists(spec.ranking_model.weights)):
@@ -85,11 +87,11 @@ def evaluate(spec: RunSpec, users: int, report: Report, watching: Watching) -> E
     if spec.task == "rank":
         if users:
             raise ConfigError(f"--users {users}: to rank, set gate.quality_requests=NUMBER instead, the last requests")
-        return _of_scores(spec, report, watching)
-    return _of_lists(spec, users, report, watching)
+        return _of_scores(spec, references, report, watching)
+    return _of_lists(spec, users, references, report, watching)
 
 
-def _of_lists(spec: RunSpec, users: int, report: Report, watching: Watching) -> Evaluation:
+def _of_lists(spec: RunSpec, users: int, references: References, report: Report, watching: Watching) -> Evaluation:
     assert spec.retrieval is not None and not isinstance(spec.workload, DrawnConfig)
     events = workloads.load_events(spec.workload)
     _check_items(spec, events)
@@ -111,13 +113,15 @@ def _of_lists(spec: RunSpec, users: int, report: Report, watching: Watching) -> 
 
     report(f"{len(chosen):,} users are asked about, {k} items each")
     answers, actual, seconds = ask(spec, ANSWERS)
-    exact = in_fp32(spec, actual)
-    losses = lists.losses(answers, ask(exact, EXACT)[0]) if exact else {}
+    losses = dict[str, Estimate]()
+    if exact := in_fp32(spec, actual):
+        asked = (spec, catalogue, retrieval, actual["device"], lists.requests)
+        losses = lists.losses(answers, references.of(*asked, lambda: ask(exact, EXACT)[0]))
     figures, notes = lists.estimates(answers), lists.notes(answers)
     return Evaluation(len(chosen), len(chosen), figures, lists.baselines(), losses, actual, seconds, notes)
 
 
-def _of_scores(spec: RunSpec, report: Report, watching: Watching) -> Evaluation:
+def _of_scores(spec: RunSpec, references: References, report: Report, watching: Watching) -> Evaluation:
     if not spec.gate.quality_requests:
         raise ConfigError("gate.quality_requests=0: no request would be ranked; allowed here is >= 1")
     trace = workloads.build(spec.workload, spec.seed, spec.latency_limit_ms)
@@ -143,8 +147,10 @@ def _of_scores(spec: RunSpec, report: Report, watching: Watching) -> Evaluation:
 
     report(f"the last {len(rankings.requests):,} requests are ranked")
     scores, actual, seconds = ask(spec, ANSWERS)
-    exact = in_fp32(spec, actual)
-    losses = rankings.losses(scores, ask(exact, EXACT)[0]) if exact else {}
+    losses = dict[str, Estimate]()
+    if exact := in_fp32(spec, actual):
+        asked = (spec, trace.catalogue, None, actual["device"], rankings.requests)
+        losses = rankings.losses(scores, references.of(*asked, lambda: ask(exact, EXACT)[0]))
     users = len({r.user_id for r in rankings.requests})
     baselines = rankings.baselines()
     figures = rankings.estimates(scores)

@@ -85,6 +85,7 @@ def _written(spec: RunSpec, out: Path, count: int, say: Any) -> str:
     from grbench import workloads
     from grbench.gate.base import sample
     from grbench.quality.evaluate import evaluate
+    from grbench.quality.references import References
     from grengines.models.hstu import calibration
     from grengines.models.hstu.model import build_model
     from grkernels.operators import Operators
@@ -97,7 +98,7 @@ def _written(spec: RunSpec, out: Path, count: int, say: Any) -> str:
     if map_of(source).is_file():
         atomic_io.write(map_of(out), map_of(source).read_bytes())
     say(f"{out} is written")
-    evaluation = evaluate(spec, 0, say, partial(watch, Console(stderr=True)))
+    evaluation = evaluate(spec, 0, References(Path(), None), say, partial(watch, Console(stderr=True)))
     head = ["product", "spread", "outlier", "error", "with one scale"]
     rounding = [
         [f"{name.removesuffix('.weight')}, {kind}", *(f"{x:.3g}" for x in vars(loss).values())]

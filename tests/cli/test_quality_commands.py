@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 
 from grbench.execution import watch
 from grbench.gate import quality
+from grbench.quality import evaluate
 from grbench.signals import Stopped
 from grbench.training import loop
 from grbench.training.rank import RankTask
@@ -279,6 +280,12 @@ def test_cells_of_a_sweep_share_the_lists_of_the_reference(
         found[record["gate"]["lists"]["users"]].append([figures, record["gate"]["lists"]])
     assert all(first == second for first, second in found.values())
     assert len(built.read_text().split()) == len(found)  # one for each number of users
+
+    built.unlink()
+    monkeypatch.setattr(evaluate, "prepared", counted)
+    done = grbench_forked("evaluate", "-m", *words[:-2], "engine.retrieve.precision=bf16,fp16")
+    assert done.returncode == 0, done.stderr
+    assert len(built.read_text().split()) == 3  # of two precisions, and one reference
 
 
 def test_a_pipeline_of_trained_models_has_its_quality_in_the_record(
