@@ -130,6 +130,7 @@ def declare(words: Sequence[str], config_dir: str | None = None) -> Declared:
     pairs = [(word, *word.lstrip("+").partition("=")[::2]) for word in words]
     names = {f.name for f in fields(TuneConfig)}
     own = [word for word, key, _ in pairs if key in names]
+    _refuse_two_values(own)
     bounds = [(key, value) for _, key, value in pairs if limits.is_limit(key)]
     rest = [word for word, key, _ in pairs if key not in names and not limits.is_limit(key)]
     for word, key, value in pairs:
@@ -138,7 +139,7 @@ def declare(words: Sequence[str], config_dir: str | None = None) -> Declared:
             instead = shlex.join(["python", "-m", "grbench", "tune", *others, *OWN[key].format(value).split()])
             raise ConfigError(f"{word}: the search sets {key} for each probe; give instead: {instead}")
     for word in rest:
-        limits.refuse_misspelt(word, [*names, *(f.name for f in fields(RunConfig)), "study"])
+        limits.refuse_misspelt(word, names, [*(f.name for f in fields(RunConfig)), "study"])
     axes, fixed = axes_of(rest, config_dir)
     for _, key, value in pairs:
         if (key in axes and ONE_VALUE.match(key)) or (key in names and re.match(r"[^{[]*,", value)):
@@ -205,6 +206,15 @@ def _task(engine: str) -> str:
         raise ConfigError(f"engine={engine}: {e}") from None
 
 
+def _refuse_two_values(own: Sequence[str]) -> None:
+    """Raise ConfigError for an option of the search with two different values: the last would win in silence."""
+    found: dict[str, str] = {}
+    for word in own:
+        key = word.lstrip("+").partition("=")[0]
+        if (other := found.setdefault(key, word)) != word:
+            raise ConfigError(f"{other} {word}: a search has one value of {key}; give one")
+
+
 def _settled(key: str, typed: dict[str, str]) -> bool:
     """Return True for an option of the default space that a typed one takes the place of: a variant of one family."""
     return key == "kernel" and any(word.startswith("kernel.") for word in typed)
@@ -239,6 +249,7 @@ def _goal(config: TuneConfig, asked: tuple[Limit, ...], typed: dict[str, str]) -
             f"{floor} and rate={config.rate:g}: no more requests are answered than arrive; raise rate by "
             f"{floor.bound / config.rate - 1:.0%}, or lower the limit"
         )
+    _refuse_two_limits(asked, typed.get("latency_limit_ms"))
     if not any(limit.metric.startswith("latency_ms/") for limit in asked) and config.objective != "latency":
         bound = limits.parse("latency_limit_ms", typed.get("latency_limit_ms", "80")).bound
         asked = (*asked, Limit("latency_ms/p99", bound))
@@ -252,3 +263,15 @@ def _goal(config: TuneConfig, asked: tuple[Limit, ...], typed: dict[str, str]) -
     return Goal(
         config.objective, asked, config.rate, config.certify_runs, config.probe_s or Budget.parse(config.budget).probe_s
     )
+
+
+def _refuse_two_limits(asked: Sequence[Limit], latency_limit_ms: str | None) -> None:
+    """Raise ConfigError for a p99 with another limit than LoadGen's. A limit on goodput needs `latency_limit_ms`."""
+    bounds = {limit.metric: limit.bound for limit in asked}
+    bound = bounds.get("latency_ms/p99")
+    if latency_limit_ms is None or bound is None or "goodput_rps" in bounds:
+        return
+    if bound != limits.parse("latency_limit_ms", latency_limit_ms).bound:
+        raise ConfigError(
+            f"latency_limit_ms={latency_limit_ms} and latency_ms.p99={bound:g}: two limits of p99; leave one out"
+        )

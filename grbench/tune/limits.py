@@ -20,11 +20,11 @@ from grkernels.nearest import nearest
 LATENCIES = ("latency_ms", "queue_ms", "batch_ms", "transfer_ms", "compute_ms")
 GROUPS = (*LATENCIES, "quality", "gpu", "gpu_memory_mib", "host_memory_mib")
 SINGLE = ("throughput_rps", "goodput_rps", "engine_start_s", "energy_joules_per_request")
-KEYS = {  # of limits that are typed most
+KEYS = (  # of limits that are typed most
     *(f"latency_ms.p{percent:g}" for percent in PERCENTILES),
     *(f"{part}.p{percent:g}" for part in LATENCIES[1:] for percent in PART_PERCENTILES),
     *("quality.auc_loss", "gpu_memory_mib.reserved", "host_memory_mib.peak", *SINGLE),
-}
+)
 LARGER = re.compile(r"(g?auc|accuracy|(hr|ndcg|mrr)\d+(_new|_popular)?)")  # figures of quality of which more is better
 # Metrics whose limit is the least allowed value. Of all others it is the largest.
 FLOORS = re.compile(rf"throughput|goodput|cache/.*hit_rate|quality/(.*/)?{LARGER.pattern}$")
@@ -141,13 +141,19 @@ def is_limit(key: str) -> bool:
     return (key.partition(".")[0] in (*GROUPS, "limits") and "." in key) or key in SINGLE
 
 
-def refuse_misspelt(word: str, known: Iterable[str]) -> None:
-    """Raise ConfigError for an override whose key is most like that of a limit. known: options of a run."""
+def refuse_misspelt(word: str, own: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ConfigError for an override whose key no run has. own: options of the search; known: options of a run."""
     key = word.lstrip("+").partition("=")[0]
-    options = set(known)
-    near = nearest(key, {*KEYS, *options}).removeprefix("nearest: ").rstrip("; ")
-    if near in KEYS and re.split("[.@/]", key)[0] not in options:
+    options = {*own, *known}
+    head = re.split("[.@/]", key)[0]
+    if head in options:
+        return
+    near = next((limit for limit in KEYS if limit.endswith(f".{key}")), "")  # p99 alone
+    near = near or nearest(key, {*KEYS, *options}).removeprefix("nearest: ").rstrip("; ")
+    if near in KEYS:
         raise ConfigError(f"{word}: no such limit; nearest: {near}")
+    if re.fullmatch(r"\w+(\.\w+)*=.*", word, re.DOTALL) and head != "hydra":
+        raise ConfigError(no_such_key(head, options))
 
 
 def parse(key: str, value: str) -> Limit:

@@ -46,6 +46,14 @@ from grbench.tune import certification
         (["latency_ms.p99=0"], "latency_ms.p99=0: nothing keeps it"),
         (["limits.cache/hit_rate=2"], "limits.cache/hit_rate=2: it is a share of at most 1; allowed are such as 0.7"),
         (["latency_ms.p99=80", "limits.latency_ms.p99=3"], "two limits, 80 and 3; give one"),
+        (
+            ["budget=3min", "engine=hstu", "budget=5min"],
+            "budget=3min budget=5min: a search has one value of budget; give",
+        ),
+        (
+            ["latency_limit_ms=50", "latency_ms.p99=200"],
+            "latency_limit_ms=50 and latency_ms.p99=200: two limits of p99; leave one out",
+        ),
         (["quality.auc_loss=0.1%"], "quality is known only with trained weights and labels; give model.weights=FILE"),
         *(
             ([f"{key}={value}"], f"{key}={value}: it is no finite number")
@@ -92,6 +100,12 @@ from grbench.tune import certification
         ),
         (["latency.p99=3"], "latency.p99=3: no such limit; nearest: latency_ms.p99"),
         (["gpu_memory.reserved=3,4"], "gpu_memory.reserved=3,4: no such limit; nearest: gpu_memory_mib.reserved"),
+        (["p99=80"], "p99=80: no such limit; nearest: latency_ms.p99"),
+        (
+            ["budgt=3min"],
+            "tune: budgt: no such key; nearest: budget; known keys: budget, cache, certify_runs, engine, ",
+        ),
+        (["limit.latency=3"], "tune: limit: no such key; nearest: limits; known keys: "),
         (["latency_limit=3"], "tune: latency_limit: no such key; nearest: latency_limit_ms; known"),
         (
             ["retrieval.beam_width=3"],

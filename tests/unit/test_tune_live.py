@@ -542,7 +542,8 @@ def test_a_window_is_compared_with_the_default_without_a_limit(tmp_path: Path) -
         (["latency_ms.p99=20", "latency_ms.p99.9=300"], 300.0, True, 20.0),
         (["latency_ms.p99=20"], 20.0, True, 20.0),
         ([], 80.0, True, 80.0),
-        (["latency_limit_ms=30", "latency_ms.p99=300"], 30.0, False, 30.0),
+        (["latency_limit_ms=30", "latency_ms.p90=300"], 30.0, False, 30.0),
+        (["latency_limit_ms=30", "latency_ms.p99=300", "goodput_rps=5"], 30.0, False, 30.0),
         (["latency_ms.p99=20", "scenario=trace_replay"], 20.0, False, 20.0),
     ],
 )
