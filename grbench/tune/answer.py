@@ -330,6 +330,12 @@ def nobody(knowledge: Knowledge) -> str:
                 f"no configuration that was measured keeps the limits; {trial.configuration.name} at "
                 f"{rates.rate_of(lowest):.4g} requests/s ended early, {early[lowest].status}: {early[lowest].error}"
             )
+    offline = [trial for trial in knowledge.trials if trial.top is not None]
+    fastest = max(offline, key=lambda trial: trial.top or 0, default=None)
+    if fastest and fastest.offline and (unreached := fastest.cannot_reach(knowledge.goal.limits)):
+        most = f"{fastest.offline.metrics['throughput_rps']:.4g} requests/s offline, and no rate gives more"
+        name = fastest.configuration.name
+        return f"{unreached}: no configuration that was measured reaches it; nearest is {name}: {most}"
     for trial in knowledge.trials:
         if trial.failed:
             return f"no configuration that was measured keeps the limits; {trial.configuration.name}: {trial.failed}"

@@ -96,6 +96,10 @@ class Knowledge:
             trial.enter(probe.rate, outcome, (verdict, limit))
         if verdict is Verdict.BROKEN and limit is not None and limit.static:
             trial.breaks(limit, outcome)
+        elif probe.rate is None and trial.low is None and (limit := trial.cannot_reach(self.goal.limits)) is not None:
+            most = outcome.metrics["throughput_rps"]
+            trial.failed = f"breaks {limit}: offline it answers {most:.4g} requests/s, and no rate gives more"
+            trial.violation = 1 - most / limit.bound
         elif self.goal.rate is not None and verdict is Verdict.BROKEN and limit is not None:
             trial.violation = max(limit.excess(outcome) or 0.0, 1e-3)
         return None if probe.rate is None else verdict

@@ -244,7 +244,7 @@ class TuneSession:
         if not outcome.ok:
             what = f"{outcome.status}: {outcome.error}"
         elif probe.rate is None:
-            what = f"offline {outcome.metrics['throughput_rps']:.4g} requests/s"
+            what = f"offline {outcome.metrics['throughput_rps']:.4g} requests/s{trial.failed and f', {trial.failed}'}"
         else:
             figure = answer.decisive(self._declared.goal, outcome)
             what = f"{'certifying at ' if probe.seed else ''}{probe.rate:g} requests/s: {figure}"

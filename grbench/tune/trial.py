@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from grbench.execution import energy
@@ -12,6 +13,7 @@ from grbench.tune.outcome import Configuration, Outcome, Probe
 
 PROBE_S = 20.0  # seconds of a server probe, where the budget is large
 LONGER = 3  # times the requests, where an outcome proves nothing
+ANSWERS = ("throughput_rps", "goodput_rps")  # metrics that are at most the offline rate
 HELD = (Verdict.KEPT, Verdict.LIKELY)  # verdicts by which the search orders; only KEPT certifies
 
 
@@ -145,6 +147,14 @@ class Trial:
     def breaks(self, limit: Limit, outcome: Outcome) -> None:
         """Note that an outcome breaks a limit that does not depend on the load."""
         self.failed, self.violation = f"breaks {limit}: {limit.shown(outcome)}", limit.excess(outcome) or 1.0
+
+    def cannot_reach(self, limits: Sequence[Limit]) -> Limit | None:
+        """Return the limit on answers a second that the offline rate, the most that there can be, does not allow.
+
+        A step of the ladder is left to chance: random arrivals come a little faster than the rate asked for.
+        """
+        most = math.inf if self.top is None else rates.rate_of(self.top + 1)
+        return next((limit for limit in limits if limit.metric in ANSWERS and limit.bound > most), None)
 
 
 def carried(step: int, outcome: Outcome) -> float:

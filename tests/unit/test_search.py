@@ -1332,6 +1332,25 @@ def test_a_limit_that_nobody_keeps_is_named_with_the_nearest_point() -> None:
     assert words.startswith("latency_ms.p99 <= 80: no configuration") and "150% beyond it" in words
 
 
+@pytest.mark.parametrize("metric", ["throughput_rps", "goodput_rps"])
+def test_a_rate_above_every_offline_rate_costs_no_probe_at_a_rate(metric: str) -> None:
+    most = 1.2 * CAPACITY[ALL[-1]]
+    evaluator = Capacities(CAPACITY)
+    search = searched(evaluator, Goal("throughput", (P99, Limit(metric, 1e9))))
+    assert len(evaluator.probes) == len(ALL) and all(probe.rate is None for _, probe in evaluator.probes)
+    assert all(trial.failed.startswith(f"breaks {metric} >= 1e+09: offline it answers ") for trial in search.trials)
+    assert answer.nobody(search) == (
+        f"{metric} >= 1e+09: no configuration that was measured reaches it; nearest is {ALL[-1].name}: "
+        f"{most:.4g} requests/s offline, and no rate gives more"
+    )
+
+
+def test_a_rate_that_the_fastest_alone_reaches_is_probed_of_it_alone() -> None:
+    evaluator = Capacities(CAPACITY)
+    search = searched(evaluator, Goal("throughput", (Limit("throughput_rps", 1.1 * CAPACITY[ALL[-1]]),)))
+    assert search.incumbent is not None and {c for c, probe in evaluator.probes if probe.rate} == {ALL[-1]}
+
+
 @pytest.mark.parametrize(
     "make",
     [
