@@ -1,10 +1,10 @@
-"""Question to the engines, in a process of its own: which can be built here with which options?
+"""Question to the engines, in a process of its own: which can be built here with which options and weights?
 
     python -m grbench.tune.legal < SPECS.json > REASONS.json
 
 Both are lists: cells as `spec_to_json` writes them, and for each of them null or why its engine refuses it. The
-constructor of an engine checks devices, precisions, caches and kernels, and loads nothing. Importing engines takes
-seconds and a device, which the launcher must not hold.
+constructor of an engine checks devices, precisions, caches and kernels, and loads nothing. Of weights the header says
+whether they are of this model. Importing engines takes seconds and a device, which the launcher must not hold.
 """
 
 from __future__ import annotations
@@ -40,7 +40,13 @@ def refusals(specs: Sequence[RunSpec]) -> list[str | None]:
 
 
 def refusal(spec: RunSpec) -> str | None:
-    """Return None, or why the engine of a cell can't be built here."""
+    """Return None, or why a cell can't run here: its weights are another model's, or its engine can't be built."""
+    from grbench.execution.files import require_weights
+
+    try:
+        require_weights(spec)
+    except ConfigError as e:
+        return str(e)
     engine = registry.get(spec.engine.name)
     named = [engine.name, *(getattr(spec.engine, stage).name for stage in engine.stages)]
     for name in named:

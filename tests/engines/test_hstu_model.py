@@ -318,6 +318,21 @@ def test_every_bad_weights_file_is_named(tmp_path: Path) -> None:
     refused("tensor norm.bias is I64, expected floating point")
 
 
+@pytest.mark.parametrize(("trained", "served"), [(0, [64]), (64, [3, 63])])
+def test_weights_may_be_served_with_a_narrower_window_than_they_were_trained_with(
+    tmp_path: Path, trained: int, served: list[int]
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_weights(build(max_attn_len=trained), path)
+    for window in served:
+        load_weights(build(max_attn_len=window), path)
+    if trained:  # a wider one is a forgotten option
+        for window in (0, 65):
+            wrong = f"written for max_attn_len=64, the model has {window}; set model.max_attn_len=64 or give other"
+            with pytest.raises(ValueError, match=wrong):
+                load_weights(build(max_attn_len=window), path)
+
+
 @pytest.mark.parametrize("form", ["full", "bucket", "prefill", "delta"])
 def test_the_last_layer_attends_for_candidates_alone_and_keeps_every_key(form: str) -> None:
     calls: list[tuple[int, int]] = []  # queries and keys of each call

@@ -48,12 +48,18 @@ class Header:
         return next((kind for name, kind in NAMED.items() if name in self.names), "tensors of another layout")
 
     def check_options(self, config: HSTUConfig, not_used: Collection[str]) -> None:
-        """Raise ValueError if the weights were written for another model. not_used: options that it does not read."""
+        """Raise ValueError if the weights were written for another model. not_used: options that it does not read.
+
+        A narrower window than that of the training is a choice of serving: the weights are the same, and what it costs
+        in quality can be measured.
+        """
         try:
             saved = dict(json.loads(self.metadata.get("model", "{}")))
         except (ValueError, TypeError):
             wrong = "its metadata 'model' is not a JSON object; save the weights again"
             raise ValueError(f"{self.path}: {wrong}") from None
+        if _narrower(config.max_attn_len, saved.get("max_attn_len")):
+            del saved["max_attn_len"]
         for key, value in shape_of(config).items():
             if key in saved and saved[key] != value and key not in not_used:
                 raise ValueError(
@@ -90,6 +96,11 @@ def shape_of(config: HSTUConfig) -> dict[str, object]:
     """Return the options that change the meaning of the weights."""
     options = dataclasses.asdict(config) | dataclasses.asdict(config.choices)
     return {key: value for key, value in options.items() if key not in _NOT_SHAPE}
+
+
+def _narrower(window: int, trained: object) -> bool:
+    """Return True if a token sees only a part of what it saw in the training. 0: a window without end."""
+    return isinstance(trained, int) and window > 0 and (trained == 0 or window < trained)
 
 
 def _instead(path: Path) -> str | None:
