@@ -1,9 +1,9 @@
 """The space of a search: its options and values, and the configurations that can be.
 
-A combination is left out before anything runs, with the reason, if its configuration is refused, or if its engine
-refuses its device, precision, cache or kernels (legal.py). An option that an engine does not have, such as
-`engine.cuda_graphs` of onnxruntime, is left out of that engine's configurations, and so is a value that its option does
-not take, such as `engine.cuda_graphs=auto` of tensorrt.
+A combination is left out before anything runs, with the reason, if its configuration is refused, if its engine
+refuses its device, precision, cache or kernels, or if its weights are another model's (legal.py). An option that an
+engine does not have, such as `engine.cuda_graphs` of onnxruntime, is left out of that engine's configurations, and so
+is a value that its option does not take, such as `engine.cuda_graphs=auto` of tensorrt.
 """
 
 from __future__ import annotations
@@ -122,6 +122,8 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
     left_out.update(reason for reason in reasons.values())
     kept = [configuration for configuration in found if configuration not in reasons]
     if not kept:
+        if len(common := set(reasons.values()) or set(left_out)) == 1:
+            raise ConfigError(common.pop())
         why = left_out.most_common(1)[0][0] if left_out else "it has no option"
         raise ConfigError(f"the space is empty: none of {total} combinations can run here; most often: {why}")
     _all_used([key for key in axes if key in typed], kept, left_out)
@@ -211,11 +213,11 @@ def _select(run: Any, path: str) -> Any:
 
 
 def _refused(specs: Mapping[Configuration, RunSpec]) -> dict[Configuration, str]:
-    """Return the configurations whose engine can't be built here, and why. Load and batching play no part in that."""
+    """Return the configurations that can't run here, and why. Load and batching play no part in that."""
     alike: dict[str, list[Configuration]] = {}
     for configuration, spec in specs.items():
         values = spec.to_dict()
-        parts = [values[group] for group in ("engine", "kernel", "cache", "model")]
+        parts = [values[group] for group in ("engine", "kernel", "cache", "model", "retrieval")]
         alike.setdefault(json.dumps(parts, sort_keys=True, default=str), []).append(configuration)
     reasons = legal.refusals([specs[some[0]] for some in alike.values()])
     pairs = zip(alike.values(), reasons, strict=True)

@@ -124,6 +124,7 @@ from grbench.tune import certification
             "cache.onload_share=interval(0,1): an interval has no list of values; allowed are cache.onload_share=VALUE",
         ),
         (["engine=hstu", "scenario.max_batch=0,4"], "tune: scenario.max_batch=0: allowed is int >= 1 and <= 65536"),
+        (["engine=hstu", "workload=csv", "workload.path=none.csv"], "tune: workload.path=none.csv: no such file"),
         (["space=typed", "engine=vllm,hf", "task=rank"], "the space is empty: none of 2 combinations can run here"),
     ],
 )

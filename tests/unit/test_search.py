@@ -8,18 +8,22 @@ import itertools
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.checkout import ROOT
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from scipy.signal import lfilter
 
 from grbench import deployment
 from grbench.config.compose import compose_spec
 from grbench.config.schema import ConfigError
 from grbench.execution import energy, stats
+from grbench.execution.files import require_files
 from grbench.report.page import Text
 from grbench.tune import answer, config, deploy, legal, limits, page, rates, session, space
 from grbench.tune import replay as replay_module
@@ -1555,8 +1559,45 @@ def test_the_space_leaves_out_what_cannot_be_with_its_reason(monkeypatch: pytest
         space.build(typed, typed, ["task=rank", "scenario=server"])
     with pytest.raises(ConfigError, match=r"^engine\.no_such: no such key; known keys: "):
         space.build({**axes, "engine.no_such": ["1", "2"]}, {*axes, "engine.no_such"}, ["task=rank", "scenario=server"])
-    with pytest.raises(ConfigError, match="the space is empty: none of 1 combinations"):
-        space.build({"engine": ["vllm"]}, ["engine"], ["task=rank", "scenario=server"])
+    with pytest.raises(ConfigError, match=r"^task=rank: engine vllm can't; allowed: "):  # one reason stands alone
+        space.build({"engine": ["vllm"], "scenario.max_batch": ["4", "8"]}, [], ["task=rank", "scenario=server"])
+
+
+def _with_weights(model: str) -> list[str]:
+    """Return the overrides of a model, with weights, of docs/TUNING.md's search under a limit on quality."""
+    page = (ROOT / "docs" / "TUNING.md").read_text().replace("\\\n", " ")
+    [command] = [line for line in page.splitlines() if "grbench tune" in line and "model.weights=" in line]
+    words = shlex.split(command, comments=True)
+    words = words[words.index("tune") + 1 :]
+    assert "quality.auc_loss=0.1%" in words
+    return [f"model.weights={model}" if word.startswith("model.weights=") else word for word in words]
+
+
+@pytest.mark.parametrize(("gpu", "windows"), [(False, ["0", "64"]), (True, ["0", "1024"])])
+def test_the_windows_of_a_search_under_a_limit_on_quality_fit_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, windows: list[str]
+) -> None:
+    monkeypatch.setattr(config, "visible_gpus", lambda: [0] if gpu else [])
+    monkeypatch.setattr(legal, "refusals", lambda specs: [legal.refusal(spec) for spec in specs])  # in this process
+
+    def built(weights: Path) -> space.Space:
+        declared = config.declare(_with_weights(str(weights)))
+        axes = {key: declared.axes[key] for key in ("engine", "model.max_attn_len")}
+        made = space.build({**axes, "engine": axes["engine"][:1]}, declared.typed, declared.fixed)
+        require_files(made.specs.values())
+        return made
+
+    trained = ROOT / "experiments" / "weights" / "ml_100k" / "ranker" / "weights.safetensors"
+    found = built(trained)
+    assert [c.get("model.max_attn_len") for c in found.configurations] == windows and not found.left_out
+    with safe_open(str(trained), framework="np") as f:
+        options = {**json.loads(f.metadata()["model"]), "max_attn_len": int(windows[1])}
+    own = tmp_path / "windowed.safetensors"
+    save_file(load_file(trained), own, metadata={"model": json.dumps(options)})
+    found = built(own)  # one that the weights were not trained with is left out
+    assert [c.get("model.max_attn_len") for c in found.configurations] == windows[1:]
+    [(why, count)] = found.left_out.items()
+    assert count == 1 and f"written for max_attn_len={windows[1]}, the model has 0; " in why
 
 
 def test_an_option_is_left_out_of_configurations_that_do_not_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1593,7 +1634,7 @@ def test_the_default_space_of_a_gpu_has_room_for_the_options_that_a_limit_on_qua
     words = [f"model.weights={tmp_path}/weights.safetensors", "quality.auc_loss=0.1%", "latency_ms.p99=80"]
     declared = config.declare(words)
     assert {"model.max_attn_len", "cache.precision"} <= declared.axes.keys()
-    with pytest.raises(ConfigError, match=r"^the space is empty"):  # none was checked, and their number was not refused
+    with pytest.raises(ConfigError, match="is bool with engine=tensorrt"):  # none was checked, nor their number refused
         space.build(declared.axes, declared.typed, declared.fixed)
 
 
