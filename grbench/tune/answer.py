@@ -28,6 +28,7 @@ class Answer:
     """The winner and the outcome that speaks for it.
 
     certificate: None if it was not certified at all. quality: what is known of that of trained weights, in words.
+    own: the outcome is of a run with the search's own seed.
     """
 
     knowledge: Knowledge
@@ -36,6 +37,7 @@ class Answer:
     outcome: Outcome
     certificate: Certificate | None
     quality: str = ""
+    own: bool = True
 
     @property
     def rate(self) -> float:
@@ -47,21 +49,29 @@ class Answer:
         """True if it kept the limits in every run with other seeds."""
         return self.certificate is not None
 
+    @property
+    def failed(self) -> bool:
+        """True if certifying runs broke a limit at its rate or at a lower one: it is no rate to offer."""
+        refuted = self.trial.refuted
+        return not self.certified and self.own and refuted is not None and self.step >= refuted.step
+
 
 def answer(knowledge: Knowledge, certificate: Certificate | None) -> Answer | None:
     """Return the answer of a search; None if nothing keeps the limits.
 
-    Where every rate that a probe has kept failed its certification, it is the best of them, and the words say so.
+    Where every rate that a probe has kept failed its certification, it is the best that is likely kept nevertheless. If
+    there is none, the configuration is an answer, and the words offer no rate.
     """
     if certificate is not None:
         return Answer(knowledge, certificate.trial, certificate.step, certificate.together, certificate)
     best = knowledge.incumbent
     if best is not None and best.low is not None:
-        return Answer(knowledge, best, best.low, best.probes[best.low], None)
-    if (failed := knowledge.unproven) is None:
+        trial, step, outcome = best, best.low, best.probes[best.low]
+    elif (unproven := knowledge.unproven) is not None:
+        trial, step, outcome = unproven
+    else:
         return None
-    trial, step = failed
-    return Answer(knowledge, trial, step, trial.probes[step], None)
+    return Answer(knowledge, trial, step, outcome, None, own=outcome is not trial.certifying.get(step))
 
 
 def decisive(goal: Goal, outcome: Outcome) -> str:
@@ -88,17 +98,28 @@ def leader(knowledge: Knowledge) -> str:
 
 def sentence(found: Answer) -> str:
     """Return the answer in words."""
-    name, had = found.trial.configuration.name, f"{found.rate:.4g} requests/s at {_latency(found.outcome)}"
-    joules = found.outcome.metrics.get(energy.METRIC)
-    if joules is not None and found.knowledge.goal.objective != "cost":
-        had += f" with {joules:.3g} J each"
-    words = f"Take {name}: {had}"
+    name = found.trial.configuration.name
+    words = f"Take {name}: {_had(found)}"
     if found.certificate is None and found.trial.refuted:
-        words = f"No rate of {name} is proven, since it failed at {found.trial.refuted}. The search's own run had {had}"
-    if found.knowledge.goal.objective == "cost":
-        words += f", {_cost(found.step, found.outcome)} for 1000 requests"
+        words = f"No rate of {name} is proven, since it failed at {found.trial.refuted}. {unproven(found)}"
     words += f" ({proof(found)})"
     return ". ".join([words, *([found.quality] if found.quality else []), *_others(found)]) + "."
+
+
+def unproven(found: Answer) -> str:
+    """Return the rate that may be kept although none was certified, in words; never one above a rate that failed."""
+    if found.failed:
+        return "No lower rate is known to keep the limits"
+    return f"The search's own run had {_had(found)}" if found.own else f"Likely kept, but unproven: {_had(found)}"
+
+
+def _had(found: Answer) -> str:
+    """Return the rate of an answer with its figures."""
+    had = f"{found.rate:.4g} requests/s at {_latency(found.outcome)}"
+    joules = found.outcome.metrics.get(energy.METRIC)
+    if found.knowledge.goal.objective == "cost":
+        return f"{had}, {_cost(found.step, found.outcome)} for 1000 requests"
+    return had if joules is None else f"{had} with {joules:.3g} J each"
 
 
 def quality(outcome: Outcome, against: str) -> str:
@@ -151,7 +172,8 @@ def proof(found: Answer) -> str:
     certificate = found.certificate
     if certificate is None:
         why = found.knowledge.uncertified
-        return f"not certified, one run with the search's own seed{f': {why}' if why else ''}"
+        one = ", one run with the search's own seed" if found.own and not found.failed else ""
+        return f"not certified{one}{f': {why}' if why else ''}"
     count = len(certificate.outcomes)
     runs = f"{count} run{'s' * (count > 1)} with other seeds of at least {certificate.requests:,} requests"
     if count > 1:
@@ -209,7 +231,8 @@ def _reach(trial: Trial) -> str:
     if trial.high is not None and (trial.refuted or trial.high in trial.verdicts):
         return f"less than {rates.rate_of(trial.high):.4g}"
     if trial.top is not None:
-        return f"no more than {rates.rate_of(trial.top):.4g} (its offline rate; no load was tried)"
+        tried = "" if trial.verdicts else "; no load was tried under these limits"
+        return f"no more than {rates.rate_of(trial.top):.4g} (its offline rate{tried})"
     return "unknown"
 
 
@@ -245,7 +268,7 @@ def neighbours(found: Answer) -> list[tuple[str, str, str, str]]:
 
 def _against(found: Answer, trial: Trial) -> str:
     """Return by how much a trial's rate differs from the winner's; of a fixed rate the p99. A bound is no change."""
-    if trial.failed:
+    if trial.failed or found.failed:
         return "-"
     mine, p99 = rates.rate_of(found.step), "latency_ms/p99"
     if found.knowledge.goal.rate is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from grbench.tune import rates
 from grbench.tune.knowledge import BOTTOM, Knowledge
-from grbench.tune.limits import Verdict, judge
+from grbench.tune.limits import Limit, Verdict, judge
 from grbench.tune.outcome import Evaluator, Outcome, Probe, Wanted
 from grbench.tune.trial import HELD, Goal, Progress, Refutation, Trial, quiet
 from grbench.tune.worth import requests_needed
@@ -140,7 +140,7 @@ def recall(knowledge: Knowledge, evaluator: Evaluator, trial: Trial, runs: Seque
     """Take the certifying runs of earlier searches into a trial: what they prove, and the lowest rate that failed.
 
     The limits of this search judge them. A rate with a run beyond a limit is refuted, and a later run does not clear
-    it. Runs that are too short to prove a rate refute nothing: one more follows them.
+    it. Runs that are too short to prove a rate, or too few, refute nothing: others follow them.
     """
     goal = knowledge.goal
     kept: dict[int, dict[int, tuple[Probe, Outcome]]] = {}  # by step and seed, of each the longest
@@ -155,11 +155,12 @@ def recall(knowledge: Knowledge, evaluator: Evaluator, trial: Trial, runs: Seque
         trial.recalled[step] = [probe for _, (probe, _) in sorted(by_seed.items())]
         outcomes = [outcome for _, (_, outcome) in sorted(by_seed.items())]
         found = trial.certifying[step] = evaluator.pool(outcomes)
-        if len(outcomes) < max(goal.runs, 1):
-            continue
-        if (refutation := _together(goal, step, outcomes, found)) is None:
+        refutation = _together(goal, step, outcomes, found)
+        if refutation is None:
             trial.enter(rates.rate_of(step), found, (Verdict.KEPT, None))
-        elif refutation.verdict is not Verdict.LIKELY or len(outcomes) > goal.runs:
+        elif refutation.verdict is Verdict.LIKELY and len(outcomes) <= max(goal.runs, 1):
+            trial.enter(rates.rate_of(step), found, (refutation.verdict, refutation.limit))
+        else:
             trial.refute(refutation)
 
 
@@ -370,5 +371,15 @@ def _together(goal: Goal, step: int, outcomes: Sequence[Outcome], found: Outcome
     for place, limits, outcome in (*((one, others, outcome) for outcome in outcomes), (every, percentiles, found)):
         verdict, limit = judge(limits, outcome)
         if limit is not None:
-            return Refutation(step, outcome, verdict, limit, f"{place}: {limit.shown(outcome)}, {verdict}")
+            why = f"{place}: {limit.shown(outcome)}, {verdict}{_unproven(verdict, limit, outcome)}"
+            return Refutation(step, outcome, verdict, limit, why)
     return None
+
+
+def _unproven(verdict: Verdict, limit: Limit, outcome: Outcome) -> str:
+    """Return why a figure that is within a limit does not prove it; "" for any other figure."""
+    if verdict is not Verdict.LIKELY:
+        return ""
+    if limit.metric in outcome.intervals:
+        return f", but unproven: its interval is not within {limit}"
+    return ", but unproven: too few independent requests for an interval"

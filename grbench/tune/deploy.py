@@ -50,6 +50,7 @@ def write(found: Answer, declared: Declared, folder: Path) -> Path:
     remarks = [] if found.certified else [f"The strategy is {answer.proof(found)}."]
     if found.trial.refuted:
         remarks.append(f"It failed its certification at {found.trial.refuted}.")
+        remarks += [] if found.certified else [f"{answer.unproven(found)}."]
     if found.quality:
         remarks.append(f"{found.quality}.")
     own = None if declared.config_dir is None else str(Path(declared.config_dir).absolute())

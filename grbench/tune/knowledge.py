@@ -51,20 +51,26 @@ class Knowledge:
     def score(self, trial: Trial) -> float:
         """Return what the objective says of a trial that keeps the limits; larger is better."""
         assert trial.low is not None
-        return self.score_at(trial, trial.low)
+        return self.score_of(trial.low, trial.probes[trial.low])
 
-    def score_at(self, trial: Trial, step: int) -> float:
-        """Return what the objective says of a trial at a step that a probe has kept; larger is better."""
-        outcome = trial.probes[step]
+    def score_of(self, step: int, outcome: Outcome) -> float:
+        """Return what the objective says of an outcome at a step that keeps the limits; larger is better."""
         if self.goal.objective == "latency":
             return -outcome.metrics["latency_ms/p99"]
         return -cost(step, outcome) if self.goal.objective == "cost" else float(step)
 
     @property
-    def unproven(self) -> tuple[Trial, int] | None:
-        """The best trial and step that a probe has kept, where every such rate failed its certification."""
-        held = [(trial, step) for trial in self.trials for step in trial.held]
-        return None if self.incumbent else max(held, key=lambda pair: self.score_at(*pair), default=None)
+    def unproven(self) -> tuple[Trial, int, Outcome] | None:
+        """The best trial, its step and the outcome there, where every rate that a probe has kept failed.
+
+        It is the best that certifying runs have likely kept. If there is none, it is the best that a probe has kept,
+        although certifying runs broke a limit there or at a lower rate.
+        """
+        if self.incumbent:
+            return None
+        likely = [(t, step, t.certifying[step]) for t in self.trials if (step := t.unproven) is not None]
+        held = [(t, step, t.probes[step]) for t in self.trials for step in t.held]
+        return max(likely or held, key=lambda found: self.score_of(*found[1:]), default=None)
 
     def expected(self, trial: Trial) -> float:
         """Return the step that a trial should reach: what is known of it, corrected by how far others were off."""

@@ -252,9 +252,9 @@ def _limit(knowledge: Knowledge, trial: Trial) -> str:
         return f"{limit.shown(outcome) if limit else outcome.status} {at} {rates.rate_of(high):.4g}/s{how}"
     if knowledge.goal.rate is not None:
         return "the rate is fixed"
-    if trial.low is None:
-        return "no load was tried"
-    if trial.top is not None and trial.low >= trial.top:
+    if not trial.verdicts:
+        return "no load was tried under these limits"
+    if trial.low is None or (trial.top is not None and trial.low >= trial.top):
         return "offline rate"
     level = best.low if best is not None and knowledge.goal.objective == "throughput" else None
     beaten = trial.top is not None and level is not None and trial.top <= level

@@ -80,6 +80,15 @@ class Trial:
         return [step for step, (verdict, _) in self.verdicts.items() if verdict in HELD]
 
     @property
+    def unproven(self) -> int | None:
+        """The highest step at which certifying runs are within the limits, without proof, below each that broke one."""
+        failed = self.refuted
+        if failed is None:
+            return None
+        within = failed.step + (failed.verdict in HELD)
+        return max((step for step in self.certifying if step < within), default=None)
+
+    @property
     def high(self) -> int | None:
         """The lowest step above `low` that does not keep the limits, as probed, certified or by the offline rate."""
         low = self.low
@@ -140,8 +149,9 @@ class Trial:
             self.probes[step], self.verdicts[step] = outcome, verdict
 
     def refute(self, refutation: Refutation) -> None:
-        """Note that a rate failed its certification."""
-        if self.refuted is None or refutation.step <= self.refuted.step:
+        """Note that a rate failed its certification. Where a run broke a limit, others of that rate do not clear it."""
+        known = self.refuted
+        if known is None or (refutation.step, refutation.verdict in HELD) <= (known.step, known.verdict in HELD):
             self.refuted = refutation
 
     def breaks(self, limit: Limit, outcome: Outcome) -> None:

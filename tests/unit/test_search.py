@@ -594,7 +594,10 @@ def test_a_limit_that_runs_do_not_share_is_proven_by_each_and_a_further_run_chan
     assert {probe.seed for _, probe in evaluator.probes[before:]} == {101, 102}
     found = answer.answer(search, None)
     assert found is not None and found.trial.refuted is not None
-    assert re.match(r"in one of 2 runs: throughput_rps .* \[9, 1000\], likely kept$", found.trial.refuted.why)
+    assert re.match(
+        r"in one of 2 runs: throughput_rps .* \[9, 1000\], likely kept, but unproven: its interval is not within ",
+        found.trial.refuted.why,
+    )
 
 
 def test_a_rate_falls_as_far_for_an_interval_of_one_run_as_for_one_of_all() -> None:
@@ -795,7 +798,101 @@ def test_an_answer_that_a_certifying_run_contradicts_says_so_first() -> None:
     assert found is not None
     words = answer.sentence(found)
     assert words.startswith(f"No rate of {found.trial.configuration.name} is proven, since it failed at ")
-    assert "requests/s in the run with seed +101: " in words and "The search's own run had " in words
+    assert "requests/s in the run with seed +101: " in words and "own run had" not in words
+    assert ". No lower rate is known to keep the limits (not certified" in words
+
+
+def rate_that_failed(limit: Limit, cells: int) -> tuple[Knowledge, Capacities, Trial]:
+    """Return a search that takes over a lucky probe at 1103 requests/s, and four runs that certify lower rates."""
+    search, evaluator = Knowledge(Goal("throughput", (limit,)), BATCHING), Capacities({ALL[0]: 1000.0}, cells)
+    trial = search.begin(ALL[0])
+    search.note(trial, Probe(None, 512), Outcome("OK", {"throughput_rps": 1200.0}))
+    search.note(trial, Probe(1103.0, 3000), shown(1103.0, 9.38))
+    figures = [(1039.0, 101, 222.0), (979.7, 101, 94.9), (870.4, 101, 58.6), (870.4, 102, 25.1)]
+    runs = [(Probe(rate, 10_000, seed), shown(rate, p99)) for rate, seed, p99 in figures]
+    recall(search, evaluator, trial, runs)
+    return search, evaluator, trial
+
+
+def shown(rate: float, p99: float) -> Outcome:
+    """Return figures at a rate, whose requests are too few for an interval."""
+    return outcome(p99, throughput_rps=rate, offered_rps=rate)
+
+
+def test_the_only_rate_that_is_offered_is_not_above_one_that_failed(tmp_path: Path) -> None:
+    """Runs at 1039 and 979.7 broke the limit, and those at 870.4 were within it without proof."""
+    search, _, trial = rate_that_failed(P99, 0)
+    step = rates.step_of(870.4)
+    assert trial.refuted is not None and trial.low == step < trial.refuted.step
+    why = "in 2 runs together: latency_ms.p99 58.6, likely kept, but unproven: too few independent requests"
+    trial.refute(Refutation(step, trial.certifying[step], Verdict.LIKELY, P99, why))  # as the search does that has room
+    assert search.incumbent is None
+    found = answer.answer(search, None)
+    assert found is not None
+    words = answer.sentence(found)
+    assert words.startswith(f"No rate of hstu max_batch=1 is proven, since it failed at 870.4 requests/s {why}. ")
+    assert (
+        ". Likely kept, but unproven: 870.4 requests/s at p99 58.6 ms (not certified)." in words and "1103" not in words
+    )
+    declared = config.declare(["engine=hstu", "space=typed", "engine.cpu_threads=1,2"])
+    text = " ".join(deploy.write(found, declared, tmp_path).read_text().replace("\n# ", " ").split())
+    assert "Likely kept, but unproven: 870.4 requests/s at p99 58.6 ms." in text and "1103" not in text
+
+
+@pytest.mark.parametrize(
+    "figures, why",
+    [
+        ((70.0, 65.0, 90.0), "likely kept, but unproven: its interval is not within latency_ms.p99 <= 80"),
+        ((70.0,), "likely kept, but unproven: too few independent requests for an interval"),
+    ],
+)
+def test_a_figure_within_its_limit_says_why_it_proves_nothing(figures: tuple[float, ...], why: str) -> None:
+    evaluator = Capacities({ALL[0]: 100.0})
+    usual = evaluator.outcome
+
+    def unsure(configuration: Configuration, probe: Probe) -> Outcome:
+        return outcome(*figures) if probe.seed else usual(configuration, probe)
+
+    evaluator.outcome = unsure  # type: ignore[method-assign]
+    search = Knowledge(Goal("throughput", (P99,)), BATCHING)
+    Search(search, ALL[:1], evaluator, Listed(ALL[:1])).run()
+    evaluator.cells = len(evaluator.probes) + 3
+    assert certify(search, evaluator) is None
+    found = answer.answer(search, None)
+    assert found is not None and found.trial.refuted is not None and found.trial.refuted.why.endswith(why)
+
+
+def test_runs_that_certify_are_judged_by_another_limit() -> None:
+    """One run at 979.7 is within the wider limit, and proves nothing alone."""
+    search, evaluator, trial = rate_that_failed(Limit("latency_ms/p99", 200.0), 0)
+    assert certify(search, evaluator) is None
+    found = answer.answer(search, None)
+    assert found is not None
+    words = answer.sentence(found)
+    assert words.startswith("No rate of hstu max_batch=1 is proven, since it failed at 1039 requests/s in the run ")
+    assert ". Likely kept, but unproven: 979.7 requests/s at p99 94.9 ms (not certified: 2 runs of " in words
+    sure = [(Probe(870.4, 40_000, seed), outcome(70.9, 60.0, 90.0, throughput_rps=870.4)) for seed in (101, 102)]
+    later = Later(evaluator, 0)
+    later.certified[ALL[0]] = sure
+    later.outcome = lambda configuration, probe: sure[0][1]  # type: ignore[method-assign]
+    recall(search, later, trial, sure)
+    certificate = certify(search, later)
+    assert certificate is not None and certificate.step == rates.step_of(870.4)
+
+
+def test_a_load_that_was_tried_above_the_offline_rate_is_no_load_untried() -> None:
+    search, _, trial = rate_that_failed(P99, 0)
+    other = search.begin(ALL[1])
+    search.note(other, Probe(None, 512), Outcome("OK", {"throughput_rps": 1009.0}))
+    rows = {
+        values: rate for _, values, rate, _ in answer.neighbours(answer.Answer(search, trial, 1, shown(1, 1), None))
+    }
+    assert rows["1 -> 4"].endswith(" (its offline rate; no load was tried under these limits)")
+    search.note(other, Probe(1103.0, 3000), Outcome("STOPPED", error="as planned"))
+    rows = {
+        values: rate for _, values, rate, _ in answer.neighbours(answer.Answer(search, trial, 1, shown(1, 1), None))
+    }
+    assert rows["1 -> 4"].endswith(" (its offline rate)")
 
 
 def test_the_advice_after_a_rate_that_failed_is_for_a_lower_one() -> None:
@@ -1704,7 +1801,9 @@ def test_a_bound_of_a_neighbour_is_no_change() -> None:
     for trial in bounded:
         [key] = winner.differs(trial.configuration)
         rate, change = rows[f"{winner.get(key)} -> {trial.configuration.get(key)}"]
-        assert rate.startswith("no more than ") and rate.endswith(" (its offline rate; no load was tried)")
+        assert rate.startswith("no more than ") and rate.endswith(
+            " (its offline rate; no load was tried under these limits)"
+        )
         assert change.startswith(("slower, by ", "not known: this rate is a bound")) and "+" not in change
     below = answer.Answer(search, found.trial, 10_000, found.outcome, None)  # a winner that is faster than all bounds
     assert all(change.startswith("slower, by ") for *_, rate, change in answer.neighbours(below) if "offline" in rate)
@@ -1758,7 +1857,7 @@ def test_a_row_says_why_it_has_no_more_and_is_counted_if_it_was_probed() -> None
         "offline rate below the best",
         f"STOPPED at {rate:.4g}/s",
         f"latency_ms.p99 90 [85, 95] at {rate:.4g}/s (broken)",
-        "no load was tried",
+        "no load was tried under these limits",
         "UNJUDGED: no loss",
         "no room in the budget for its first probe",
     ]
