@@ -23,6 +23,7 @@ MEASURING = "measuring"  # a stage of the worker
 MOST_MEAN, MOST_PEAK = 0.05, 0.25  # shares of the cores that others may take before a note says so
 MOST_GPU_PERCENT = 5.0
 DISTURBED = "measure again on an idle"  # in each note of a load
+BESIDE = "other processes"  # begins a note of the cores that they used
 GPU_PERIOD_S = 1.0  # NVML's utilisation is that of at most so long
 SHORTEST_S = 0.4  # of a reading: the kernel counts in ticks of 10 ms
 PORTS = {"http": 80, "https": 443}  # of a URL without one
@@ -97,7 +98,7 @@ class LoadWatch:
         if mean > MOST_MEAN * cores or peak > MOST_PEAK * cores:
             hidden = f", among them perhaps the server at {self._hidden[0]}," if self._hidden else ""
             notes.append(
-                f"other processes{hidden} used {mean:.2g} of {cores} cores while this was measured, up to {peak:.2g} "
+                f"{BESIDE}{hidden} used {mean:.2g} of {cores} cores while this was measured, up to {peak:.2g} "
                 f"at a time (noted above {MOST_MEAN:.0%}, at a time {MOST_PEAK:.0%}): {DISTURBED} machine"
             )
         processes, percent = found.get("others/gpu_processes", 0.0), found.get("others/gpu_percent", 0.0)

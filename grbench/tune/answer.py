@@ -20,6 +20,7 @@ from grbench.tune.trial import Goal, Trial, carried, cost
 from grbench.tune.worth import worst
 
 QUALITY = {"auc": "AUC", "ne": "normalised entropy", "hr10": "HR@10"}  # figures that an answer names
+LINES = 3  # of what was left out
 FIRST_ANSWER = 8  # cells that a search takes for a first answer, about
 
 
@@ -322,6 +323,26 @@ def returns(knowledge: Knowledge) -> str:
     words += f"and of the whole trace {found[0][whole]:.0%}."
     few = min(metrics[share] for metrics in found) < found[0][whole] - FEWER_RETURNS
     return words + " A probe with fewer has fewer hits than a long run, and undervalues caches." * few
+
+
+def busy(knowledge: Knowledge) -> str:
+    """Return how many measurements other processes disturbed, and by how many cores; "" if none."""
+    measured = {id(its): its for its in knowledge.outcomes if its.ok}.values()  # an earlier run may be taken twice
+    disturbed = [its.busy for its in measured if its.busy]
+    if not disturbed:
+        return ""
+    return (
+        f"The machine was busy: other processes used up to {max(disturbed):.2g} cores at a time beside "
+        f"{len(disturbed)} of {len(measured)} probes and certifying runs. A rate may have failed for it; "
+        "rerun=true on an idle machine measures again."
+    )
+
+
+def remarks(knowledge: Knowledge) -> list[str]:
+    """Return lines that follow the answer: what the search left out, and that the machine was busy."""
+    lines = [f"Not measured: {len(some)} of {reason}." for reason, some in knowledge.left_out.items()]
+    more = [f"Not measured: {len(lines) - LINES} other kinds, which the page names."] if len(lines) > LINES + 1 else []
+    return [*(lines[:LINES] if more else lines), *more, *filter(None, [busy(knowledge)])]
 
 
 def nobody(knowledge: Knowledge) -> str:

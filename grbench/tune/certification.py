@@ -143,6 +143,7 @@ def recall(knowledge: Knowledge, evaluator: Evaluator, trial: Trial, runs: Seque
     it. Runs that are too short to prove a rate, or too few, refute nothing: others follow them.
     """
     goal = knowledge.goal
+    knowledge.outcomes += [outcome for _, outcome in runs]
     kept: dict[int, dict[int, tuple[Probe, Outcome]]] = {}  # by step and seed, of each the longest
     for probe, outcome in sorted(runs, key=lambda run: run[0].requests):
         assert probe.rate is not None
@@ -173,6 +174,7 @@ class Candidate:
     def __init__(self, knowledge: Knowledge, evaluator: Evaluator, trial: Trial) -> None:
         assert trial.low is not None
         self._goal, self._evaluator, self.trial = knowledge.goal, evaluator, trial
+        self._outcomes = knowledge.outcomes
         self._best, self._score = trial.low, knowledge.score(trial)  # before any run failed
         sure = self._goal.rate is not None or trial.verdicts[trial.low][0] is Verdict.KEPT
         self._first = self.step = trial.low if sure else self._proven(trial.low, trial.low - STEPS)
@@ -319,6 +321,7 @@ class Candidate:
     def _evaluate(self, probe: Probe, progress: Progress) -> tuple[Outcome, Refutation | None]:
         """Return the outcome of a certifying run, and why it fails by itself."""
         outcome = self._evaluator.evaluate(self.trial.configuration, probe)
+        self._outcomes.append(outcome)
         refutation = _alone(self._goal, self.step, probe, outcome)
         if refutation is None:  # beyond a limit a backlog makes all requests alike: lower rates are not so
             self.trial.certifying[self.step] = outcome

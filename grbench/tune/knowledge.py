@@ -30,6 +30,7 @@ class Knowledge:
         """batching: of every configuration. operations: of a request of each, by its sizes alone."""
         self.goal, self.batching, self.operations = goal, batching, operations or {}
         self.trials: list[Trial] = []
+        self.outcomes: list[Outcome] = []  # of all probes and certifying runs
         self.left_out: dict[str, list[Configuration]] = {}  # while it ran, by the reason
         self.concluded = False  # something is certified: its budget is free
         self.uncertified = ""  # why nothing is
@@ -84,6 +85,7 @@ class Knowledge:
     def note(self, trial: Trial, probe: Probe, outcome: Outcome) -> Verdict | None:
         """Take an outcome into a trial. Returns the verdict on a server probe."""
         trial.measured = trial.measured or outcome.status != UNJUDGED
+        self.outcomes.append(outcome)
         if not outcome.ok:
             if probe.rate is not None and outcome.status in ENDED_EARLY:
                 trial.enter(probe.rate, outcome, (Verdict.BROKEN, None))

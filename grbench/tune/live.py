@@ -21,6 +21,7 @@ from grbench.execution import records
 from grbench.execution.clock import SILENCE_S
 from grbench.execution.earlier import environment_difference
 from grbench.execution.environment import describe_environment
+from grbench.execution.load import BESIDE
 from grbench.execution.records import RunRecord, Status
 from grbench.execution.session import CellSession
 from grbench.report.work import EMULATED, emulated
@@ -46,6 +47,7 @@ KNOWN_FAILURES = (Status.OOM, Status.INCORRECT, Status.UNAVAILABLE, Status.STOPP
 PROBED_ANSWERS = 32  # of a probe that are compared with the reference; a run that certifies compares gate.measured
 VALID = "loadgen_valid"  # metric: LoadGen's verdict by the limit of the cell
 STARTED = "step_s/start"  # metric of a cell that built its engine
+PEAK = "others/cores_peak"  # metric: cores that other processes used at a time at most
 EVALUATING = "step_s/quality"  # metric of a cell that evaluated trained weights
 Engine = tuple[Configuration, int]  # what probes of one engine have in common: configuration and seed
 
@@ -161,7 +163,11 @@ class LiveEvaluator:
             count = len(wanted)
             return f"{count} cells: set budget={max(self._cells + count, math.ceil(count / MOST))}cells"
         seconds, used = self._seconds(wanted), self.used if self._declared.budget.cells is None else 0.0
-        minutes = math.ceil(max(used + seconds, seconds / MOST) / 60)
+        least = max(used + seconds, seconds / MOST)
+        if any(self._is_first(*its) for its in wanted):  # beside all that this budget had room for, and no TIMEOUT
+            in_time = 0.0 if self._timeout_typed else seconds / FIRST_SHARE
+            least = max(least, (self._declared.budget.seconds or 0.0) + seconds, in_time)
+        minutes = math.ceil(least / 60)
         return f"about {seconds:.0f} s: set budget={minutes}min"
 
     def left(self) -> float:
@@ -468,6 +474,7 @@ class LiveEvaluator:
             seconds=seconds,
             kept=kept,
             folder=folder,
+            busy=max((record.metrics.get(PEAK, 0.0) for note in record.notes if note.startswith(BESIDE)), default=0.0),
         )
 
     def _batches(self, folder: Path) -> list[tuple[int, float]]:

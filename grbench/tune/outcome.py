@@ -78,6 +78,7 @@ class Outcome:
     seconds: float = 0.0  # that the probe took
     kept: bool = False  # an earlier record answered it
     folder: Path | None = None  # of the record
+    busy: float = 0.0  # cores that other processes used at a time at most, if its record notes them
 
     @property
     def ok(self) -> bool:

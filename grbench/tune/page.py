@@ -59,6 +59,8 @@ def blocks(knowledge: Knowledge, found: Answer | None, declared: Declared, space
     content: list[Block] = [Text(answer.sentence(found) if found else f"No answer: {answer.nobody(knowledge)}.")]
     if found:
         content.append(Text(answer.binding(found)))
+    if busy := answer.busy(knowledge):
+        content.append(Text(busy))
     measured = sum(trial.measured for trial in knowledge.trials)
     count = f"{measured} of {len(space.configurations)} configurations were measured"
     content.append(Text(f"Objective {declared.goal.objective}, limits: {limits}, budget {declared.budget}; {count}."))
@@ -91,6 +93,7 @@ def summary(knowledge: Knowledge, found: Answer | None) -> str:
     if found is None:
         return escape(f"No answer: {answer.nobody(knowledge)}.") if knowledge.trials else ""
     content: list[Block] = [Text(escape(answer.sentence(found))), Text(escape(answer.binding(found)))]
+    content += [Text(escape(busy))] if (busy := answer.busy(knowledge)) else []
     content += [Heading("Pareto front"), front_table(knowledge)]
     if rows := answer.neighbours(found):
         content += [Heading("One step from the winner"), _steps(rows)]

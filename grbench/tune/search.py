@@ -227,11 +227,13 @@ class Search:
             if configuration.engines not in tried and configuration not in closed and cost(configuration) == math.inf:
                 none.setdefault(configuration.engines, []).append(configuration)
         for engines, some in none.items():
-            share = self._evaluator.share([(some[0], Probe(None, OFFLINE))])
+            first = (some[0], Probe(None, OFFLINE))
+            share = self._evaluator.share([first])
             if share <= usual:  # its start is no reason
                 continue
             reason = f"{_named(engines)}: a first probe takes about {share:.0%} of the budget; {left:.0%} was left, "
-            reason += "and the bracket and the certification of the best need it too"
+            reason += "and the bracket and the certification of the best need it too; "
+            reason += f"the probe takes {self._evaluator.budget_for([first])}"
             self._knowledge.left_out[reason] = some
             self._say(f"left out {len(some)} of {reason}")
 

@@ -185,12 +185,16 @@ class TuneSession:
         if found is None:
             self._say(f"records: {where}   report: python -m grbench report {shlex.quote(where)}")
             if not cut_short:
+                for line in answer.remarks(self._knowledge):
+                    self._say(line)
                 print(f"grbench tune: {self._why_none()}", file=sys.stderr)
         else:
             print(answer.sentence(found))
             print(answer.binding(found))
             for key, values, rate, change in answer.neighbours(found):
                 print(f"  {key} {values}: requests/s: {rate}; against the winner: {change}")
+            for line in answer.remarks(self._knowledge):
+                print(line)
             places["records"] = self.folder
             self._say("   ".join(f"{name}: {shlex.quote(os.path.relpath(path))}" for name, path in places.items()))
             if best := places.get("deployment"):

@@ -1889,6 +1889,42 @@ def test_a_page_says_that_short_probes_have_few_returning_users() -> None:
     assert "12% to 70%" in answer.returns(search) and answer.returns(search).endswith(" undervalues caches.")
 
 
+def test_an_answer_and_its_page_say_how_often_the_machine_was_busy() -> None:
+    evaluator = Capacities(CAPACITY)
+    usual = evaluator.outcome
+    cores = itertools.chain([0.5, 1.44], itertools.repeat(0.0))
+
+    def disturbed(configuration: Configuration, probe: Probe) -> Outcome:
+        return dataclasses.replace(usual(configuration, probe), busy=1.25 if probe.seed else next(cores))
+
+    evaluator.outcome = disturbed  # type: ignore[method-assign]
+    search = searched(evaluator)
+    certificate = certify(search, evaluator)
+    assert certificate is not None
+    runs = len(certificate.outcomes)
+    words = f"used up to 1.4 cores at a time beside {2 + runs} of {len(evaluator.probes)} probes and certifying runs."
+    [line] = answer.remarks(search)
+    assert words in line
+    declared = config.declare(["space=typed", "engine=hstu,aoti", "latency_ms.p99=80"])
+    found = answer.answer(search, certificate)
+    blocks = page.blocks(search, found, declared, space.Space(AXES, ALL))
+    assert line in [block.text for block in blocks if isinstance(block, Text)]
+    assert words in page.summary(search, found)
+    assert answer.busy(searched(Capacities(CAPACITY))) == ""
+
+
+@pytest.mark.parametrize("kinds", [3, 4, 6])
+def test_an_answer_repeats_what_was_left_out_during_the_search(kinds: int) -> None:
+    search = Knowledge(Goal("throughput", (P99,)), BATCHING)
+    search.left_out = {f"kernel={kind}: no room; set budget={kind}min": ALL[:2] for kind in range(kinds)}
+    lines = answer.remarks(search)
+    assert lines[0] == "Not measured: 2 of kernel=0: no room; set budget=0min."
+    assert len(lines) == min(kinds, 4)
+    assert lines[3:] == {4: ["Not measured: 2 of kernel=3: no room; set budget=3min."]}.get(
+        kinds, ["Not measured: 3 other kinds, which the page names."] * (kinds > 4)
+    )
+
+
 def test_a_configuration_has_one_number_in_all_tables_and_figures() -> None:
     search = searched(Capacities(CAPACITY))
     table = page._all(search)

@@ -19,6 +19,7 @@ from grbench.config.jobs import Job
 from grbench.execution import records, stats
 from grbench.execution.environment import describe_environment
 from grbench.execution.kept import engine_key
+from grbench.execution.load import BESIDE
 from grbench.execution.places import LocalPart, Share
 from grbench.execution.records import Status
 from grbench.execution.session import CellSession
@@ -332,6 +333,26 @@ def test_a_cell_with_emulated_products_is_no_answer_of_a_search(tmp_path: Path) 
         assert ("throughput_rps" in outcome.metrics) is outcome.ok
 
 
+def test_an_outcome_has_the_cores_of_others_that_its_record_notes(tmp_path: Path) -> None:
+    for name, notes, busy in (("noted", [f"{BESIDE} used 1.4 of 2 cores"], 1.5), ("few", ["before this cell"], 0.0)):
+        folder = tmp_path / name
+        record = write_cell(folder, "scenario=offline")
+        record.notes, record.metrics["others/cores_peak"] = notes, 1.5
+        cells = [Cell(folder, record, False)]
+        session = SimpleNamespace(parts=(), has=lambda spec: False, measure=lambda jobs, cells=cells: cells)
+        assert evaluator(session, tmp_path / "none").evaluate(DEFAULT, OFFLINE).busy == busy
+
+
+def test_a_budget_for_a_first_probe_has_it_end_within_its_time_limit(tmp_path: Path) -> None:
+    measures = evaluator(Measured(tmp_path, {}), tmp_path / "none", "budget=60s")
+    measures._starts.add(WINDOW, 100.0)
+    assert measures.budget_for([(WINDOW, OFFLINE)]) == "about 103 s: set budget=9min"  # a fifth is its limit
+    assert measures.budget_for([(WINDOW, SERVER)]).endswith("set budget=3min")
+    typed = evaluator(Measured(tmp_path, {}), tmp_path / "none", "budget=60s", "runner.timeout_s=300")
+    typed._starts.add(WINDOW, 100.0)
+    assert typed.budget_for([(WINDOW, OFFLINE)]).endswith("set budget=3min")
+
+
 def test_the_loss_of_another_model_is_against_the_default(tmp_path: Path) -> None:
     found = {0: (Status.OK, 0.75, 0.0), 64: (Status.OK, 0.60, 0.0001)}
     measures = evaluator(Measured(tmp_path, found), tmp_path / "none", auc_loss=True)
@@ -456,8 +477,8 @@ def test_what_is_certified_is_evaluated_once_beyond_the_budget_on_the_engine_tha
 
     default, other = kernels = [Configuration((("kernel", name),)) for name in ("auto", "torch")]
     session = Noted(tmp_path, {0: (Status.OK, 0.75, 0.0)})
-    words = [*RANKER, "model.tasks=[rated,liked]", "budget=1cells", *asked]
-    measures = evaluator(session, tmp_path / "none", *words, configurations=kernels)
+    words = [*RANKER, "model.tasks=[rated,liked]", *asked]
+    measures = evaluator(session, tmp_path / "none", *words, "budget=1cells", configurations=kernels)
     measures._qualities.learn = lambda *given: None  # type: ignore[method-assign]  # `Measured` has it in each record
     assert measures.evaluate(other, Probe(100.0, 10_000, 102)).ok and NO_QUALITY in jobs[0].overrides
     del measures._qualities.learn
@@ -468,7 +489,8 @@ def test_what_is_certified_is_evaluated_once_beyond_the_budget_on_the_engine_tha
     assert not measures._qualities.due(other) and measures._qualities.due(default)
     none = evaluator(session, tmp_path / "none", *words, "budget=0cells", configurations=kernels)
     assert none.evaluate_quality(default) is None
-    out = evaluator(session, tmp_path / "none", *words, "gate.quality_requests=0", configurations=kernels)
+    words += ["budget=1cells", "gate.quality_requests=0"]
+    out = evaluator(session, tmp_path / "none", *words, configurations=kernels)
     assert not out._qualities.due(default) and len(jobs) == 2
 
 
