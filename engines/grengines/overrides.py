@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 # What Hydra's grammar takes as a text without quotes: no number, no other word of its own, no other letters.
 _BARE = re.compile(r"(?!(?:null|true|false|inf|nan)$)(?:[a-z_/]|\.{1,2}/)[\w/.+%@-]*", re.ASCII | re.IGNORECASE)
@@ -16,6 +17,12 @@ def override(key: str, text: str) -> str:
 def literal(text: str) -> str:
     """Return what OmegaConf reads as this text: `${` alone begins an interpolation."""
     return re.sub(r"(\\*)\${", lambda found: 2 * found[1] + r"\${", text)
+
+
+def as_it_stands(key: str, text: str, why: str) -> str:
+    """Return the error line for a text with a `${` that refers to nothing: why, and how the text itself is typed."""
+    word = shlex.quote(override(key, text))
+    return f"{key}={text}: ${{ refers to another option: {why}; for the text itself type {word}"
 
 
 def quoted(text: str) -> str:

@@ -22,7 +22,13 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationResolutionError,
+    InterpolationValidationError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from grbench.config import malformed
 from grbench.config.composition import compose, study_files
@@ -36,12 +42,13 @@ from grbench.config.schema import (
     register_schemas,
     schemas,
     to_spec,
+    unresolved,
 )
 from grbench.config.unread import idle_words, unread
 from grbench.execution.clock import SILENCE_S, at_most_every, pace
 from grbench.subcommands import summaries
 from grengines.options import allowed_instead, describe, names_user, user_refused
-from grengines.overrides import quoted
+from grengines.overrides import as_it_stands, quoted
 from grkernels.nearest import nearest
 
 CONFIG_DIR = str(checkout_or_packaged("conf"))
@@ -404,10 +411,10 @@ def _named(refused: tuple[str, str]) -> str:
 
 
 def _job(cfg: DictConfig, check: Callable[[DictConfig], Any], folder: Path) -> Job:
-    typed = tuple(cfg.hydra.overrides.task)
+    typed: Any = OmegaConf.to_container(cfg.hydra.overrides.task)  # as they stand, `${` too
     with open_dict(cfg):
         del cfg["hydra"]
-    return Job(check(cfg), folder, typed)
+    return Job(check(cfg), folder, tuple(typed))
 
 
 def help_text(config_name: str, overrides: Sequence[str], config_dir: str | None = None) -> str:
@@ -484,6 +491,11 @@ def explain(error: BaseException) -> str:
         return f"{key}={values}: several values; -m sweeps over them{of_list}"
     if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
         return text
+    if isinstance(cause, GrammarParseError):
+        return as_it_stands(cause.full_key, str(cause.value), "no } closes it")
+    if isinstance(cause, InterpolationResolutionError) and not isinstance(cause, InterpolationValidationError):
+        # hydra.run.dir refers to runner.output_root, which is the one that was typed.
+        return unresolved(cause.parent_node._get_root()) or f"{cause.full_key}: {text}"
     return _explain_key(cause, cause.full_key, text)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 
-from grengines.overrides import quoted
+from grengines.overrides import as_it_stands, quoted
 
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 FUNCTIONS = ("choice", "range", "interval", "glob", "sort", "shuffle", "tag", "int", "float", "str", "bool")
@@ -20,6 +20,8 @@ def problem(word: str, why: str) -> str:
         return f"{word}: not an override, which is key=value"
     if not _KEY.fullmatch(key):
         return f"{word}: {key!r} is no key; an override is key=value, with a key such as seed or engine.precision"
+    if "${" in value and value[0] not in CLOSING and _bracket(value)[0]:
+        return as_it_stands(key, value.strip("\"'"), "no } closes it")
     for wrong, right in (_bracket(value), _empty_items(value), _empty_function(value)):
         if wrong:
             return f"{word}: {wrong}; write {_written(key, right)}"

@@ -41,6 +41,7 @@ A run is a choice for each group, such as `engine=hstu`, and values for keys, su
 
     python -m grbench engine=hstu engine.precision=bf16 scenario=server scenario.target_qps=100
 
+In a value, `${KEY}` reads another option; `\\${` gives these letters themselves, as in `'model.weights=/data/\\${x}'`.
 `python -m grbench --cfg job` prints all values of a run.
 Choices of one *kind* have the same keys, and "sets" has the values that differ from the defaults of the kind.
 Most sweeps change `engine`, `engine.precision`, `kernel`, `cache`, `scenario.max_batch` and `scenario.max_wait_ms`.

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, InterpolationValidationError
 
 from grbench.config.arguments import CommandError
 from grbench.execution.records import spec_hash
@@ -44,6 +46,7 @@ from grengines.cache.config import CacheConfig, PagedCacheConfig
 from grengines.models.decoder.config import DecoderConfig, too_few_rows
 from grengines.models.hstu.config import HSTUConfig, one_level_only, without_effect
 from grengines.options import expand_home, files, option, violations
+from grengines.overrides import as_it_stands
 from grengines.refusals import Asked
 from grengines.runtime.cache_dir import content
 from grengines.semantic.ids import wrong_codes
@@ -295,9 +298,15 @@ def checked(cfg: DictConfig, root: type[Root]) -> Root:
     Raises ConfigError for an unknown key, for a group that is built on none of its schemas, for a value outside its
     range, and for a file that can't be read. Raises OmegaConfBaseException for a missing value.
     """
-    if unknown := list(_unknown_keys(cfg)):
+    try:
+        unknown = list(_unknown_keys(cfg))
+        config = None if unknown else OmegaConf.to_object(cfg)
+    except InterpolationResolutionError as e:
+        if line := unresolved(cfg):
+            raise ConfigError(line) from e
+        raise
+    if unknown:
         raise ConfigError("; ".join(unknown))
-    config = OmegaConf.to_object(cfg)
     assert isinstance(config, root)
     for group, options in schemas().items():
         if hasattr(config, group) and type(getattr(config, group)) not in options.values():
@@ -462,6 +471,32 @@ def _unknown_keys(cfg: DictConfig, path: str = "") -> Iterator[str]:
             yield no_such_key(f"{path}{key}", known)
         elif not OmegaConf.is_missing(cfg, key) and isinstance(node := cfg[key], DictConfig):
             yield from _unknown_keys(node, f"{path}{key}.")
+
+
+def unresolved(cfg: DictConfig) -> str:
+    """Return the error line for the first option of a run whose `${` refers to nothing; "" if there is none."""
+    tree = OmegaConf.to_container(cfg)
+    assert isinstance(tree, dict)
+    for key, text in _texts({name: value for name, value in tree.items() if name != "hydra"}):
+        try:
+            OmegaConf.select(cfg, key)
+        except InterpolationValidationError:  # it refers to a value that is not allowed here
+            continue
+        except InterpolationResolutionError as e:
+            why = str(e).splitlines()[0]
+            absent = re.match(r"Interpolation key '(.*)' not found", why)
+            key = re.sub(r"(\.\d+)+$", "", key)  # of a list
+            return as_it_stands(key, text, f"there is no {absent[1]}" if absent else why)
+    return ""
+
+
+def _texts(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the texts with a `${` in a tree, each behind its key."""
+    if isinstance(tree, str) and "${" in tree:
+        yield path, tree
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for name, value in pairs:
+        yield from _texts(value, f"{path}.{name}" if path else str(name))
 
 
 def no_such_key(key: str, known: Iterable[str]) -> str:

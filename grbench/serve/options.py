@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import shlex
 import socket
 import ssl
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from grbench import deployment
 from grbench.config.compose import compose_spec, explain
@@ -18,6 +19,7 @@ from grbench.config.schema import ConfigError, RunConfig
 from grbench.deployment import Deployment, Strategy
 from grbench.execution.files import require_weights
 from grengines.options import expand_home, option, violations
+from grengines.overrides import literal
 
 PREFIX = "serve."
 BEYOND_QUEUE = 256  # connections beyond `max_queue`, so that refusals and health checks get through
@@ -158,6 +160,11 @@ def parse(words: Sequence[str]) -> tuple[ServeConfig, str | None, list[str]]:
     try:
         given = OmegaConf.from_dotlist(own)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ServeConfig), given))
+    except (GrammarParseError, InterpolationResolutionError) as e:
+        word = next(word for word in words if word.startswith(f"{PREFIX}{e.full_key}="))
+        raise ConfigError(
+            f"{word}: ${{ refers to another option; for the text itself type {shlex.quote(literal(word))}"
+        ) from None
     except OmegaConfBaseException as e:
         raise ConfigError(f"{PREFIX}{explain(e)}") from None
     assert isinstance(config, ServeConfig)

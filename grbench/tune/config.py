@@ -11,8 +11,9 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from grbench.config.compose import axes_of, compose_many, plan_jobs
+from grbench.config.compose import axes_of, compose_many, explain, plan_jobs
 from grbench.config.schema import ConfigError, RunConfig, checked
 from grbench.config.schema import register_schemas as register_groups
 from grbench.execution.gpu import visible_gpus
@@ -191,7 +192,10 @@ def output_root(declared: Declared) -> Path:
     [found] = compose_many([words], declared.config_dir)
     if isinstance(found, str):
         raise ConfigError(found)
-    return Path(found.runner.output_root)
+    try:
+        return Path(found.runner.output_root)
+    except OmegaConfBaseException as e:
+        raise ConfigError(explain(e)) from None
 
 
 def to_config(cfg: DictConfig) -> TuneConfig:

@@ -79,8 +79,8 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
         known |= {key for key in options if _has(cfg, key)}
         try:
             run = checked(cfg, RunConfig)
-        except ConfigError as e:
-            left_out[str(e)] += each
+        except (ConfigError, OmegaConfBaseException) as e:
+            left_out[explain(e)] += each
             continue
         mine = {}
         for key, texts in options.items():
@@ -91,6 +91,8 @@ def build(axes: Axes, typed: Collection[str], fixed: Sequence[str], config_dir: 
             refused |= {(key, text): reason for text, reason in wrong.items()}
             left_out.update(dict.fromkeys(wrong.values(), each // len(texts)))
         chosen.append((combination, mine, run))
+    if not chosen and len(left_out) == 1:  # what all of them share is wrong
+        raise ConfigError(next(iter(left_out)))
     _refuse_too_many(sum(math.prod(map(len, mine.values())) for _, mine, _ in chosen))
     for combination, mine, run in chosen:
         for configuration, changed in _with_options(combination, mine, run):

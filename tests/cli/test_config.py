@@ -168,6 +168,21 @@ def test_a_part_of_the_reference_can_be_printed(capsys: pytest.CaptureFixture[st
         (["seed=[1,"], "seed=[1,", "[ is not closed; write 'seed=[1]'"),
         (["seed"], "seed", "key=value"),
         (["workload.path=müll/a.csv"], "'ü' needs quotes around the text", """write 'workload.path="müll/a.csv"'"""),
+        *(
+            (["workload=csv", f"workload.path={path}"], f"workload.path={path}: ${{ refers to another option: ", typed)
+            for path, typed in (
+                ("/d${x}/r.csv", """there is no x; for the text itself type 'workload.path="/d\\${x}/r.csv"'"""),
+                ("/d${", """no } closes it; for the text itself type 'workload.path="/d\\${"'"""),
+                ("/d${x:1}", """Unsupported interpolation type x; for the text itself"""),
+            )
+        ),
+        (["workload=csv", 'workload.path="/d${"'], "no } closes it", """type 'workload.path="/d\\${"'"""),
+        (
+            ["runner.output_root=/o ${z}"],
+            "runner.output_root=/o ${z}: ${ refers",
+            """'runner.output_root="/o \\${z}"'""",
+        ),
+        (["hydra.run.dir=/o${z}"], "hydra.run.dir: ", "'z' not found"),
         (["engin=hstu"], "engin", "nearest: engine;"),
         (["engine=null"], "engine=null", "one option"),
         (["gate=none"], "gate=none", "gate.KEY="),

@@ -765,6 +765,13 @@ def test_the_option_of_the_server_at_fault_is_named(server: Serving, pipeline: S
         (["engine=hstu", "serve.ports=1"], "serve.ports: no such key; nearest: port"),
         (["engine=hstu", "serve.http_port=1"], "serve.http_port: no such key; nearest: port"),
         (["engine=hstu", "serve.grcp_port=1"], "serve.grcp_port: no such key; nearest: grpc_port"),
+        *(
+            (
+                ["engine=hstu", f"serve.api_key_file={path}"],
+                f"{path}: ${{ refers to another option; for the text itself type 'serve.api_key_file=/d\\",
+            )
+            for path in ("/d${x}", "/d${")
+        ),
         (["engine=hstu", "serve.port=-1"], "serve.port=-1: allowed is int >= 0 and <= 65535"),
         (["engine=hstuu"], "engine=hstuu: no such option"),
         (["engine=hstu", "retrieval.k=4"], "retrieval.k=4: task=rank searches for no items; set task=generate, or"),

@@ -105,6 +105,14 @@ from grbench.tune import certification
             ["budgt=3min"],
             "tune: budgt: no such key; nearest: budget; known keys: budget, cache, certify_runs, engine, ",
         ),
+        (
+            ["runner.output_root=/o ${z}"],
+            """there is no z; for the text itself type 'runner.output_root="/o \\${z}"'""",
+        ),
+        (
+            ["engine=hstu,aoti", "workload=csv", "workload.path=/d${x}/r.csv"],
+            """tune: workload.path=/d${x}/r.csv: ${ refers to another option: there is no x; for the text itself """,
+        ),
         (["limit.latency=3"], "tune: limit: no such key; nearest: limits; known keys: "),
         (["latency_limit=3"], "tune: latency_limit: no such key; nearest: latency_limit_ms; known"),
         (

@@ -10,7 +10,8 @@ from typing import Any, cast
 import pytest
 
 from grbench import deployment
-from grbench.config.compose import compose_many, compose_spec
+from grbench.config.compose import compose_many, compose_spec, plan_jobs
+from grbench.config.schema import to_spec
 from grbench.importing import output
 from grbench.importing.parts import Imported
 from grbench.report.frame import ReportError, read_cells
@@ -68,6 +69,12 @@ def test_an_override_gives_the_text(text: str) -> None:
     [found] = compose_many([typed_again([override("model.weights", text)])])
     assert not isinstance(found, str), found
     assert found.model.weights == text
+
+
+def test_a_run_keeps_its_overrides_as_they_were_typed() -> None:
+    typed = ["engine=hstu", override("runner.output_root", "/o ${z}"), "seed=${warmup_batches}"]
+    [job] = plan_jobs("config", to_spec, typed)[1]
+    assert list(job.overrides) == typed and job.config[1].runner.output_root == "/o ${z}"
 
 
 def test_a_usual_path_has_no_quotes() -> None:
