@@ -1145,7 +1145,8 @@ def test_where_the_best_fails_the_next_best_are_probed_at_a_rate_and_certified(
 
     def outcome(configuration: Configuration, probe: Probe) -> Outcome:
         fails = probe.seed and configuration in ranked[:failing]
-        return Outcome("ERROR", error="as planned") if fails else usual(configuration, probe)
+        found = Outcome("ERROR", error="as planned") if fails else usual(configuration, probe)
+        return dataclasses.replace(found, busy=1.4)
 
     monkeypatch.setattr(evaluator, "outcome", outcome)
     monkeypatch.setattr(session, "LiveEvaluator", lambda *given: evaluator)
@@ -1153,6 +1154,7 @@ def test_where_the_best_fails_the_next_best_are_probed_at_a_rate_and_certified(
     answered = capsys.readouterr().out
     at_rates = list(dict.fromkeys(configuration for configuration, probe in evaluator.probes if probe.rate))
     assert at_rates == ranked[: failing + 1]
+    assert "The machine was busy: other processes used up to 1.4 cores" in answered.splitlines()[-1]
     if failing == len(ranked):
         assert answered.startswith(f"No rate of {ranked[0].name} is proven")
     else:
