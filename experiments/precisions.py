@@ -24,6 +24,7 @@ from grbench.config.schema import RunSpec
 from grbench.gate import quality
 from grbench.gate.rank import coarsest
 from grbench.quality.rankings import Rankings
+from grbench.quality.references import References
 from grengines.export import exporter
 from grengines.models.hstu.reference import RankingReference
 from grengines.runtime.batch import Encoding
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not args.case:
         add_rounded(rows, base, rankings)
     with tempfile.TemporaryDirectory() as folder:
+        references = References(Path(folder), "of this process")
         cases = {} if args.rounded else {case: case.split() for case in args.case or CASES}
         if cases and not args.case:
             half = exporter.cached(base.model, trace.catalogue, base.seed, "fp16").onnx
@@ -83,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rows.fail(e, case=case)
                 continue
             actual = engine.actual()
-            found = quality.measure(spec, trace, engine, coarsest(actual), actual["device"])
+            found = quality.measure(spec, trace, engine, coarsest(actual), actual["device"], references)
             engine.close()
             assert found is not None and found[0] is not None  # as `rankings`
             add(rows, case, found[0])
