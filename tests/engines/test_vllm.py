@@ -410,7 +410,7 @@ def test_a_whole_run(grbench_here: Grbench, tmp_path: Path) -> None:
     assert record["status"] == "OK" and record["gate"]["overlap"] == 1.0
     assert record["actual"]["vllm"] and record["metrics"]["engine/prefix_hit_tokens"] > 0
     (log,) = tmp_path.glob("outputs/runs/*/worker.log")
-    assert "Initializing a V1 LLM engine" in log.read_text()
+    assert "Loading safetensors checkpoint shards" in log.read_text()  # INFO lines depend on tests before this one
 
 
 def test_it_retrieves_in_a_pipeline_that_is_served() -> None:
