@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not args.case:
         add_rounded(rows, base, rankings)
     with tempfile.TemporaryDirectory() as folder:
-        references = References(Path(folder), "of this process")
+        references = References.of_process(Path(folder))
         cases = {} if args.rounded else {case: case.split() for case in args.case or CASES}
         if cases and not args.case:
             half = exporter.cached(base.model, trace.catalogue, base.seed, "fp16").onnx

@@ -105,7 +105,7 @@ def _evaluated(name: str, job: Job, wanted: Wanted, users: int, folder: Path) ->
     for line in lines:
         _say(name, line)
     screen = Console(stderr=True)
-    references = References(folder, "of this process")
+    references = References.of_process(folder)
     return evaluate(spec, users, references, partial(_say, name), lambda what: watch(screen, f"{name}: {what}"))
 
 

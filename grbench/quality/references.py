@@ -38,6 +38,11 @@ class References:
     folder: Path
     code: str | None
 
+    @classmethod
+    def of_process(cls, folder: Path) -> References:
+        """Return those that configurations of this process share, whose code is one."""
+        return cls(folder, "of this process")
+
     def of(
         self,
         spec: RunSpec,
